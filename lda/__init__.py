@@ -1,0 +1,3 @@
+"""LDA: Latent Distribution Alignment for domain-generalizable person re-identification."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,18 @@
+"""What a user is told when their input is wrong: one line with the value, what was expected and the nearest choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """A mistake of the user (argument, study file, data folder). Commands print its message and exit with 2."""
+
+
+def unknown(what: str, value: object, choices: Iterable[str]) -> str:
+    """The line for a name that is not among `choices`, with the nearest valid one if any is near."""
+    valid = list(choices)
+    near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.4)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"unknown {what} {value!r}{hint}; expected one of: {', '.join(valid)}"
