@@ -1,0 +1,349 @@
+"""lda.ranking against a naive loop over random cases, hand-computed values, and identities of the metrics."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lda.errors import UsageError
+from lda.ranking import MAX_RANK, TIE, RankingResult, evaluate_ranking
+
+# All permutations have the same norm, so their cosines tie exactly when their integer products do.
+PERMUTATIONS = np.array(list(itertools.permutations((1, 2, 3, 5))))
+
+
+def naive(case: dict[str, Any], ap: str = "step", camera_rule: bool = True) -> RankingResult:
+    """One query at a time, whole gallery sorted by exact integer similarity, ties against the query."""
+    precisions, penalties, firsts = [], [], []
+    gallery = list(zip(case["gallery"].tolist(), case["gallery_pids"], case["gallery_camids"], strict=True))
+    for feature, pid, camid in zip(case["query"].tolist(), case["query_pids"], case["query_camids"], strict=True):
+        kept = []
+        for other, other_pid, other_camid in gallery:
+            if other_pid == -1 or (camera_rule and other_pid == pid and other_camid == camid):
+                continue
+            similarity = sum(int(a) * int(b) for a, b in zip(feature, other, strict=True))
+            kept.append((-similarity, other_pid == pid))
+        kept.sort()  # False before True: a non-match of equal similarity comes first
+        ranks = [rank for rank, (_, match) in enumerate(kept, start=1) if match]
+        if not ranks:
+            continue
+        terms = []
+        for i, rank in enumerate(ranks, start=1):
+            before = 1.0 if rank == 1 else (i - 1) / (rank - 1)
+            terms.append(i / rank if ap == "step" else (i / rank + before) / 2)
+        precisions.append(sum(terms) / len(terms))
+        penalties.append(len(ranks) / ranks[-1])
+        firsts.append(ranks[0])
+    n = len(firsts)
+    cmc = tuple(sum(first <= k for first in firsts) / n for k in range(1, MAX_RANK + 1))
+    return RankingResult(sum(precisions) / n, cmc, sum(penalties) / n, n)
+
+
+def random_case(seed: int) -> dict[str, Any]:
+    """A small query and gallery set with ties, distractors, junk and queries without a match."""
+    rng = np.random.default_rng(seed)
+    num_query, num_gallery = int(rng.integers(1, 12)), int(rng.integers(1, 80))
+    palette = PERMUTATIONS[rng.choice(len(PERMUTATIONS), size=int(rng.integers(2, 24)), replace=False)]
+    pids = int(rng.integers(2, 9))
+    return {
+        "query": torch.tensor(palette[rng.integers(len(palette), size=num_query)], dtype=torch.float32),
+        "gallery": torch.tensor(palette[rng.integers(len(palette), size=num_gallery)], dtype=torch.float32),
+        "query_pids": rng.integers(1, pids + 3, size=num_query).tolist(),  # the last ids are in no gallery
+        "gallery_pids": rng.integers(-1, pids, size=num_gallery).tolist(),  # -1 junk, 0 distractor
+        "query_camids": rng.integers(3, size=num_query).tolist(),
+        "gallery_camids": rng.integers(3, size=num_gallery).tolist(),
+    }
+
+
+def assert_same(result: RankingResult, expected: RankingResult) -> None:
+    assert result.mAP == pytest.approx(expected.mAP, abs=1e-12)
+    assert result.mINP == pytest.approx(expected.mINP, abs=1e-12)
+    assert result.cmc == pytest.approx(expected.cmc, abs=1e-12)
+    assert result.num_valid_queries == expected.num_valid_queries
+
+
+@pytest.mark.parametrize("ap", ["step", "trapezoid"])
+@pytest.mark.parametrize("camera_rule", [True, False])
+def test_against_naive_loop(ap: str, camera_rule: bool) -> None:
+    checked = 0
+    for seed in range(150):
+        case = random_case(seed)
+        try:
+            expected = naive(case, ap, camera_rule)
+        except ZeroDivisionError:
+            with pytest.raises(UsageError, match="no query can be evaluated"):
+                evaluate_ranking(**case, ap=ap, camera_rule=camera_rule)
+            continue
+        for chunk in (1, 3, 256):
+            assert_same(evaluate_ranking(**case, ap=ap, camera_rule=camera_rule, chunk=chunk), expected)
+        checked += 1
+    assert checked > 100
+
+
+def at_ranks(ranks: tuple[int, ...], gallery_size: int = 12) -> dict[str, Any]:
+    """One query whose matches have exactly these ranks."""
+    angle = torch.linspace(0.01, 1.5, gallery_size)
+    return {
+        "query": torch.tensor([[1.0, 0.0]]),
+        "gallery": torch.stack([angle.cos(), angle.sin()], dim=1),
+        "query_pids": [7],
+        "gallery_pids": [7 if rank in ranks else 0 for rank in range(1, gallery_size + 1)],
+        "query_camids": [0],
+        "gallery_camids": [1] * gallery_size,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "step", "trapezoid", "inp"),
+    [
+        ((1,), 1.0, 1.0, 1.0),
+        ((2,), 0.5, 0.25, 0.5),
+        ((1, 3), 5 / 6, 0.75 + 1 / 24, 2 / 3),  # 0.8333, 0.7917
+        ((2, 5, 9), 0.4111111, 0.2888889, 1 / 3),
+    ],
+)
+def test_hand_computed_values(ranks: tuple[int, ...], step: float, trapezoid: float, inp: float) -> None:
+    by_step = evaluate_ranking(**at_ranks(ranks))
+    by_trapezoid = evaluate_ranking(**at_ranks(ranks), ap="trapezoid")
+    assert by_step.mAP == pytest.approx(step, abs=1e-6)
+    assert by_trapezoid.mAP == pytest.approx(trapezoid, abs=1e-6)
+    assert by_step.mINP == by_trapezoid.mINP == pytest.approx(inp)
+    assert by_step.cmc == tuple(float(k >= ranks[0]) for k in range(1, MAX_RANK + 1))
+
+
+def test_rank_accessors() -> None:
+    result = evaluate_ranking(**at_ranks((5,)))
+    assert (result.rank1, result.rank5, result.rank10) == (0.0, 1.0, 1.0)
+
+
+def gaussian_case(seed: int, num_query: int = 40, num_gallery: int = 150, size: int = 16) -> dict[str, Any]:
+    """Features without ties: a person's direction plus noise."""
+    generator = torch.Generator().manual_seed(seed)
+    people = torch.randn(20, size, generator=generator)
+
+    def draw(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        pids = torch.randint(20, (number,), generator=generator)
+        noise = torch.randn(number, size, generator=generator)
+        return people[pids] + 1.5 * noise, pids, torch.randint(6, (number,), generator=generator)
+
+    query, query_pids, query_camids = draw(num_query)
+    gallery, gallery_pids, gallery_camids = draw(num_gallery)
+    return {
+        "query": query,
+        "gallery": gallery,
+        "query_pids": query_pids,
+        "gallery_pids": gallery_pids,
+        "query_camids": query_camids,
+        "gallery_camids": gallery_camids,
+    }
+
+
+def single_shot_case(seed: int) -> dict[str, Any]:
+    """As PRID: one match per query in the other camera, and distractors."""
+    case = gaussian_case(seed, num_query=20, num_gallery=60)
+    case["query_pids"] = list(range(1, 21))
+    case["gallery_pids"] = list(range(1, 21)) + [0] * 40
+    case["query_camids"], case["gallery_camids"] = [0] * 20, [1] * 60
+    return case
+
+
+def test_identity_as_feature_is_perfect() -> None:
+    case = gaussian_case(0)
+    for part in ("query", "gallery"):
+        case[part] = torch.nn.functional.one_hot(case[f"{part}_pids"], 20).float()
+    result = evaluate_ranking(**case)
+    assert (result.mAP, result.rank1, result.mINP) == (1.0, 1.0, 1.0)
+
+
+def test_single_shot_map_is_minp_and_trapezoid_is_lower() -> None:
+    for seed in range(5):
+        case = single_shot_case(seed)
+        step, trapezoid = evaluate_ranking(**case), evaluate_ranking(**case, ap="trapezoid")
+        assert step.mAP == pytest.approx(step.mINP, abs=1e-12)
+        assert step.rank1 < 1
+        assert trapezoid.mAP < step.mAP
+        # One match per query: the trapezoid halves every query that misses at rank 1.
+        assert trapezoid.mAP == pytest.approx((step.mAP + step.rank1) / 2, abs=1e-12)
+
+
+def test_random_features_find_one_in_gallery_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    case = {
+        "query": torch.randn(2000, 8, generator=generator),
+        "gallery": torch.randn(100, 8, generator=generator),
+        "query_pids": [i % 100 for i in range(2000)],
+        "gallery_pids": list(range(100)),
+        "query_camids": [0] * 2000,
+        "gallery_camids": [1] * 100,
+    }
+    assert evaluate_ranking(**case).rank1 == pytest.approx(0.01, abs=0.008)
+
+
+def test_order_of_gallery_and_queries_does_not_matter() -> None:
+    for case in (gaussian_case(3), random_case(5), random_case(11)):
+        expected = evaluate_ranking(**case)
+        generator = torch.Generator().manual_seed(1)
+        for part in ("query", "gallery"):
+            order = torch.randperm(len(case[part]), generator=generator)
+            for key in (part, f"{part}_pids", f"{part}_camids"):
+                case[key] = torch.as_tensor(case[key])[order]
+        assert_same(evaluate_ranking(**case), expected)
+
+
+def test_chunks_do_not_change_the_result_even_with_duplicated_images() -> None:
+    case = gaussian_case(4, num_query=67, num_gallery=301, size=64)
+    # Duplicates at scattered places, where a product's rounding differs: half of them match, half do not.
+    case["gallery"][::3] = case["gallery"][0]
+    expected = evaluate_ranking(**case, chunk=67)
+    for chunk in (1, 2, 7, 33, 1000):
+        assert_same(evaluate_ranking(**case, chunk=chunk), expected)
+
+
+def test_features_that_say_nothing_score_worst() -> None:
+    case = gaussian_case(6)
+    wrong = torch.tensor([int((case["gallery_pids"] != pid).sum()) for pid in case["query_pids"]])
+    case["query"], case["gallery"] = torch.ones(40, 16), torch.ones(150, 16)
+    result = evaluate_ranking(**case)
+    assert result.rank10 == 0.0
+    assert result.mAP < 0.1
+    assert all(wrong > MAX_RANK)
+
+
+def test_a_tie_is_finer_than_what_separates_images() -> None:
+    """Similarities further apart than TIE are ordered by their values."""
+    for gap, rank1 in ((TIE / 4, 0.0), (TIE * 4, 1.0)):
+        cosine = torch.tensor([0.5, 0.5 - gap], dtype=torch.float64)
+        case = at_ranks((1,), gallery_size=2)
+        case["query"] = case["query"].double()
+        case["gallery"] = torch.stack([cosine, (1 - cosine**2).sqrt()], dim=1)
+        assert evaluate_ranking(**case).rank1 == rank1
+
+
+def test_distractors_can_only_lower_and_junk_changes_nothing() -> None:
+    case = gaussian_case(7)
+    clean = evaluate_ranking(**case)
+    for pid, lowers in ((99, True), (-1, False)):
+        more = dict(case)
+        more["gallery"] = torch.cat([case["gallery"], case["query"]])  # as near to a query as can be
+        more["gallery_pids"] = torch.cat([case["gallery_pids"], torch.full((40,), pid)])
+        more["gallery_camids"] = torch.cat([case["gallery_camids"], case["query_camids"]])
+        result = evaluate_ranking(**more)
+        if lowers:
+            assert result.mAP < clean.mAP
+            assert result.rank1 == 0.0
+        else:
+            assert result == clean
+
+
+def test_camera_rule_drops_own_camera_only_for_the_own_person() -> None:
+    case = at_ranks((2,), gallery_size=4)
+    case["gallery_pids"] = [7, 0, 7, 0]
+    case["gallery_camids"] = [0, 0, 1, 1]  # the nearest image is of the own person and camera
+    assert evaluate_ranking(**case).mAP == pytest.approx(1 / 2)
+    assert evaluate_ranking(**case, camera_rule=False).mAP == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_queries_without_a_match_are_skipped() -> None:
+    case = gaussian_case(8)
+    clean = evaluate_ranking(**case)
+    case["query"] = torch.cat([case["query"], torch.randn(3, 16)])
+    case["query_pids"] = torch.cat([case["query_pids"], torch.tensor([77, 78, -1])])
+    case["query_camids"] = torch.cat([case["query_camids"], torch.zeros(3, dtype=torch.int64)])
+    for chunk in (256, 2):  # 2: a chunk without any valid query
+        assert_same(evaluate_ranking(**case, chunk=chunk), clean)
+
+
+def test_constant_camera_is_explained() -> None:
+    case = gaussian_case(9)
+    case["query_camids"], case["gallery_camids"] = [0] * 40, [0] * 150
+    with pytest.raises(ValueError, match=r"40 of 40 .* own camera .*camera_rule=False"):
+        evaluate_ranking(**case)
+    assert evaluate_ranking(**case, camera_rule=False).num_valid_queries == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(40)}, r"query: expected \(N, D\) floats"),
+        ({"gallery": torch.zeros(150, 16, dtype=torch.int64)}, r"gallery: expected \(N, D\) floats"),
+        ({"gallery": torch.zeros(150, 15)}, "query has 16, gallery has 15"),
+        ({"query": torch.full((40, 16), torch.nan)}, "query: 40 of 40 features are not finite"),
+        ({"query_pids": [1, 2]}, r"query_pids: expected 40 ids, one per feature, got shape \(2,\)"),
+        ({"gallery_camids": [1]}, "gallery_camids: expected 150 ids"),
+        ({"ap": "steps"}, r"unknown average precision 'steps' \(did you mean 'step'\?\)"),
+        ({"chunk": 0}, "chunk: expected at least 1"),
+        ({"query": torch.zeros(0, 16), "query_pids": [], "query_camids": []}, "no query can be evaluated: 0 of 0"),
+    ],
+)
+def test_wrong_input_gets_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as raised:
+        evaluate_ranking(**{**gaussian_case(0), **change})
+    assert "\n" not in str(raised.value)
+
+
+def test_scale_and_kind_of_input_do_not_matter() -> None:
+    case = gaussian_case(10)
+    expected = evaluate_ranking(**case)
+    scaled = {**case, "query": case["query"].double() * 100, "gallery": case["gallery"].double() * 0.01}
+    for key in ("query_pids", "gallery_pids"):
+        scaled[key] = np.asarray(scaled[key])
+    scaled["query"].requires_grad_()
+    assert_same(evaluate_ranking(**scaled), expected)
+
+
+@pytest.fixture
+def coarse_products() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("coarse_products")
+def test_precision_of_training_does_not_leak_in() -> None:
+    case = gaussian_case(12, num_query=100, num_gallery=2000, size=512)
+    for part in ("query", "gallery"):
+        case[part] = torch.randn(case[part].shape, generator=torch.Generator().manual_seed(0))
+    torch.set_float32_matmul_precision("highest")
+    expected = evaluate_ranking(**case)
+    torch.set_float32_matmul_precision("medium")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert evaluate_ranking(**case) == expected
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_memory_is_bounded_by_the_chunk() -> None:
+    case = gaussian_case(13, num_query=600, num_gallery=700)
+    for chunk in (20, 50):
+        with LargestTensor() as largest:
+            evaluate_ranking(**case, chunk=chunk)
+        assert 700 * 16 <= largest.elements <= chunk * 700
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_cpu() -> None:
+    case = gaussian_case(14, num_query=300, num_gallery=3000)
+    on_gpu = {**case, "query": case["query"].cuda(), "gallery": case["gallery"].cuda()}
+    result, expected = evaluate_ranking(**on_gpu), evaluate_ranking(**case)
+    assert result.mAP == pytest.approx(expected.mAP, abs=1e-5)
+    assert result.rank1 == pytest.approx(expected.rank1, abs=0.01)
