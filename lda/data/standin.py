@@ -1,0 +1,336 @@
+"""The stand-in: drawn pedestrians on disk in the layouts of the real data sets, so that the real loaders read them.
+
+    python -m lda.data.standin --output DIR [--scale tiny|small|full] [--seed N] [--contact-sheet FILE]
+
+One seed gives the same decoded pixels on any number of processes: every image is drawn from a generator of its own,
+keyed by (seed, data set, person, moment). A tree is written beside its place and renamed when it is complete, so a
+folder with a `STANDIN.json` is whole.
+
+STANDIN.json: {"version", "seed", "scale", "hash", "counts": {data set: {part: {"ids", "images", "cameras"}}}}. The
+hash covers every file's relative name with its decoded pixels (other files: their bytes), not the encoded bytes:
+the same pixels compress differently under another zlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import secrets
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lda.data.cache import cache_dir
+from lda.data.pedestrians import Person
+from lda.data.standin_domains import DOMAINS, sample_person
+from lda.data.standin_layouts import LAYOUTS, SCALES, Plan, Shot
+from lda.data.standin_scenes import camera_of, photograph, stable_rng
+from lda.errors import UsageError, unknown
+from lda.protocols import DATASETS
+
+VERSION = 0
+"""Of the drawing. Results on different versions do not compare."""
+
+MARKER = "STANDIN.json"
+_CHUNK = 64  # images a process draws at a time
+_ALONE = 1500  # up to so many images, starting processes costs more than it saves
+
+_Chunk = tuple[str, tuple[Shot, ...]]  # data set, images
+
+
+def ensure_standin(scale: str = "small", seed: int = 0) -> Path:
+    """The stand-in's root folder, generated in the cache folder on first use. Raises UsageError for a bad scale."""
+    _check(scale, seed)
+    root = cache_dir() / f"standin-v{VERSION}-{scale}-s{seed}"
+    generate(root, scale, seed)
+    return root
+
+
+def generate(output: Path, scale: str = "small", seed: int = 0, *, processes: int | None = None) -> dict[str, Any]:
+    """Draws the stand-in to `output` unless it is there already; returns the content of its STANDIN.json.
+
+    `processes`: how many draw, default one for every core. Raises UsageError if `output` holds anything else.
+    """
+    _check(scale, seed)
+    output = output.expanduser().absolute()
+    _remove_stale(output)
+    if (marker := _existing(output, scale, seed)) is not None:
+        return marker
+    _prepare_parent(output)
+    aside = output.parent / f".{output.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        marker = _draw_tree(aside, scale, seed, processes)
+        try:
+            aside.replace(output)
+        except OSError:  # another process was faster
+            if (marker := _existing(output, scale, seed)) is None:
+                raise
+        return marker
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def plans(scale: str, seed: int) -> dict[str, Plan]:
+    """Data set -> its images, files and counts, before anything is drawn."""
+    return {name: plan(scale, stable_rng(seed, _key(name), 5)) for name, plan in LAYOUTS.items()}
+
+
+@lru_cache(maxsize=4096)
+def person_of(name: str, index: int, seed: int) -> Person:
+    """Person `index` of a data set; no person is in two data sets."""
+    return sample_person(DOMAINS[name].wardrobe, stable_rng(seed, _key(name), 0, index))
+
+
+def draw_shot(name: str, shot: Shot, scale: str, seed: int) -> bytes:
+    """The image file of one shot: JPEG or PNG by its path."""
+    moment = stable_rng(seed, _key(name), 3, shot.person, shot.take)
+    boxing = stable_rng(seed, _key(name), 4, shot.person, shot.take, round(10 * shot.box.error))
+    person = person_of(name, shot.person, seed)
+    pixels = photograph(name, shot.camera, person, moment, shot.box, boxing, SCALES[scale], seed)
+    file, image = io.BytesIO(), Image.fromarray(pixels)
+    if shot.path.endswith(".jpg"):
+        image.save(file, "JPEG", quality=camera_of(name, shot.camera, seed).quality)
+    else:
+        image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _key(name: str) -> int:
+    """A number for a data set's name, the same in every process (Python's hash() is not)."""
+    return int.from_bytes(name.encode(), "big")
+
+
+def _check(scale: str, seed: int) -> None:
+    if scale not in SCALES:
+        raise UsageError(unknown("scale", scale, SCALES))
+    if seed < 0:
+        raise UsageError(f"seed: {seed} is out of range, expected 0 or more")
+
+
+# --- the tree --------------------------------------------------------------------------------------------------------
+def _existing(output: Path, scale: str, seed: int) -> dict[str, Any] | None:
+    """The marker of a finished tree, None if `output` is free. Raises UsageError if it is anything else."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    wanted = {"version": VERSION, "scale": scale, "seed": seed}
+    try:
+        marker: dict[str, Any] = json.loads((output / MARKER).read_text(encoding="utf-8"))
+        found = {key: marker[key] for key in wanted}
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UsageError(f"{output} exists and is not a stand-in (no readable {MARKER}); name another folder") from None
+    if found != wanted:
+        raise UsageError(f"{output} holds another stand-in: {found}, wanted {wanted}; name another folder")
+    return marker
+
+
+def _prepare_parent(output: Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{output.parent}: cannot make this folder ({error.strerror})") from None
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"{output.parent}: cannot write here; name another folder or set LDA_CACHE_DIR")
+
+
+def _remove_stale(output: Path) -> None:
+    """Removes what processes that no longer run have left beside `output`."""
+    for path in output.parent.glob(f".{output.name}.tmp-*"):
+        pid = path.name.rpartition(".tmp-")[2].partition("-")[0]
+        if pid.isdigit() and not _runs(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    if os.name != "posix":  # signal 0 would end the process there
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _draw_tree(root: Path, scale: str, seed: int, processes: int | None) -> dict[str, Any]:
+    """Writes all images and files below `root`, STANDIN.json last."""
+    planned = plans(scale, seed)
+    shots = sum(len(plan.shots) for plan in planned.values())
+    chunks = [
+        (name, tuple(plan.shots[start : start + _CHUNK]))
+        for name, plan in planned.items()
+        for start in range(0, len(plan.shots), _CHUNK)
+    ]
+    digests: dict[str, str] = {}
+    for plan in planned.values():
+        for path in (*(shot.path for shot in plan.shots), *plan.files):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+        for path, content in plan.files.items():
+            (root / path).write_bytes(content)
+            digests[path] = hashlib.sha256(content).hexdigest()
+    with _progress(f"drawing stand-in {scale} (seed {seed})", shots) as advance:
+        for chunk in _drawn(chunks, root, scale, seed, processes or (1 if shots <= _ALONE else _cores())):
+            digests.update(chunk)
+            advance(len(chunk))
+    marker = {
+        "version": VERSION,
+        "scale": scale,
+        "seed": seed,
+        "hash": hashlib.sha256("".join(f"{path} {digests[path]}\n" for path in sorted(digests)).encode()).hexdigest(),
+        "counts": {name: plan.counts for name, plan in planned.items()},
+    }
+    (root / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+    return marker
+
+
+def _drawn(chunks: list[_Chunk], root: Path, scale: str, seed: int, processes: int) -> Iterator[dict[str, str]]:
+    """Draws and writes the chunks; yields the digests of each."""
+    if processes == 1:
+        for chunk in chunks:
+            yield draw_chunk(chunk, root, scale, seed)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked child could inherit the locks of other threads
+    with ProcessPoolExecutor(processes, context, initializer=_follow_parent) as pool:
+        try:
+            yield from pool.map(draw_chunk, chunks, *([value] * len(chunks) for value in (root, scale, seed)))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def draw_chunk(chunk: _Chunk, root: Path, scale: str, seed: int) -> dict[str, str]:
+    """Draws and writes some images; returns path -> digest of the decoded pixels."""
+    name, shots = chunk
+    digests = {}
+    for shot in shots:
+        file = draw_shot(name, shot, scale, seed)
+        (root / shot.path).write_bytes(file)
+        digests[shot.path] = pixel_digest(file)
+    return digests
+
+
+def pixel_digest(file: bytes) -> str:
+    """SHA-256 of an image file's size and decoded RGB pixels."""
+    with Image.open(io.BytesIO(file)) as image:
+        return hashlib.sha256(f"{image.size}".encode() + np.asarray(image.convert("RGB")).tobytes()).hexdigest()
+
+
+def _follow_parent() -> None:
+    """In a drawing process: leave Ctrl-C to the parent, and end when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, one line elsewhere; both on standard error."""
+    if not sys.stderr.isatty():
+        print(f"{title}: {total:,} images", file=sys.stderr, flush=True)
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+# --- contact sheet ---------------------------------------------------------------------------------------------------
+def contact_sheet(root: Path, path: Path, persons: int = 8) -> None:
+    """Writes a picture of the stand-in below `root`: a row per domain, per person two images of different cameras."""
+    marker = json.loads((root / MARKER).read_text(encoding="utf-8"))
+    height, width, gap, label = 128, 56, 10, 112
+    planned = plans(marker["scale"], marker["seed"])
+    sheet = Image.new("RGB", (label + persons * (2 * width + gap), len(planned) * (height + gap) + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for row, (name, plan) in enumerate(planned.items()):
+        y = gap + row * (height + gap)
+        draw.text((8, y + height // 2), DATASETS[name], fill="black", font=font, anchor="lm")
+        for column, pair in enumerate(_pairs(plan, persons)):
+            for k, shot in enumerate(pair):
+                with Image.open(root / shot.path) as image:
+                    cell = image.convert("RGB").resize((width - 2, height), Image.Resampling.BICUBIC)
+                sheet.paste(cell, (label + column * (2 * width + gap) + k * width, y))
+    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    sheet.save(aside, "PNG", optimize=True)
+    aside.replace(path)
+
+
+def _pairs(plan: Plan, persons: int) -> list[tuple[Shot, Shot]]:
+    """Two images of different cameras for each of the first persons that have them."""
+    by_person: dict[int, list[Shot]] = {}
+    for shot in plan.shots:
+        if not (shot.box.empty or shot.box.junk):
+            by_person.setdefault(shot.person, []).append(shot)
+    pairs = []
+    for shots in by_person.values():
+        other = next((shot for shot in shots if shot.camera != shots[0].camera), None)
+        if other is not None:
+            pairs.append((shots[0], other))
+    return pairs[:persons]
+
+
+# --- command ---------------------------------------------------------------------------------------------------------
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lda.data.standin",
+        description="Draw stand-in pedestrians in the layouts of the real re-identification data sets.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the data sets")
+    parser.add_argument("--scale", default="small", help="how many persons and images: " + ", ".join(SCALES))
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed: other people and places")
+    parser.add_argument("--contact-sheet", type=Path, metavar="FILE", help="write a picture (PNG) of all domains here")
+    options = parser.parse_args(arguments)
+    start = time.perf_counter()
+    try:
+        marker = generate(options.output, options.scale, options.seed)
+        if options.contact_sheet:
+            contact_sheet(options.output, options.contact_sheet)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    images = sum(part["images"] for parts in marker["counts"].values() for part in parts.values())
+    print(
+        f"{options.output}: stand-in v{VERSION} {options.scale}, seed {options.seed}, {len(marker['counts'])} data "
+        f"sets, {images:,} images ({time.perf_counter() - start:.1f} s), hash {marker['hash'][:12]}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
