@@ -171,6 +171,8 @@ class Config:
             m < 1 for m in self.milestones
         ):
             raise UsageError(f"milestones: expected rising epochs >= 1, got {list(self.milestones)}")
+        if self.selection == "source_validation" and self.validation_fraction == 0:
+            raise UsageError("validation_fraction: source_validation needs held-out identities, got 0.0; try 0.1")
 
     @property
     def total_steps(self) -> int:

@@ -42,8 +42,11 @@ class Backbone(nn.Module):
         """(B, 3, H, W) -> (B, C, h, w)."""
         x = images
         for part in self.children():
-            for block in part if isinstance(part, nn.Sequential) else [part]:
-                x = self._recomputed(block, x) if self.recompute and self.training else block(x)
+            if self.recompute and self.training and isinstance(part, nn.Sequential):
+                for block in part:
+                    x = self._recomputed(block, x)
+            else:
+                x = part(x)
         return x
 
     def _recomputed(self, block: nn.Module, x: Tensor) -> Tensor:

@@ -151,9 +151,8 @@ class BufferBankNorm2d(nn.Module):
         mean, var = self.bank.mean[domain], self.bank.var[domain]  # views: the kernel writes Eq. (3) into them
         if not self.training:
             return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
-        if not record:
-            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        share = self.bank.count_update(domain)
+        # A share of 0 leaves the row as it is, and saves the same tensors for the backward pass as recording does.
+        share = self.bank.count_update(domain) if record else 0.0
         return F.batch_norm(x, mean, var, self.weight, self.bias, training=True, momentum=share, eps=self.eps)
 
     def _anti_normalised(self, x: Tensor, donor: int | None) -> Tensor:

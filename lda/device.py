@@ -1,0 +1,45 @@
+"""Where a run computes: device, threads and number format."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from lda.config import Config
+from lda.errors import UsageError
+
+
+def choose_device(config: Config) -> torch.device:
+    """The configured device; `auto` is the first GPU, else the CPU. Also sets the number of CPU threads.
+
+    Raises UsageError for a device that is not there.
+    """
+    torch.set_num_threads(config.threads or _allowed_cores())
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device: {name!r} is not there; this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def _allowed_cores() -> int:
+    """Cores this process may use: a container or a worker slot may have fewer than the machine."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def forward_context(device: torch.device) -> AbstractContextManager[None]:
+    """bf16 autocast on a GPU, fp32 on a CPU. Statistics and losses stay in fp32 on both."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext()

@@ -1,0 +1,93 @@
+"""`python -m lda.train`: one run of one configuration, without a study."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lda import config as configs
+from lda.errors import UsageError
+from lda.protocols import PROTOCOLS, get_protocol
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lda.train",
+        description="Train on a protocol's source domains, select on held-out source identities, test on the target.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--protocol", default="protocol3", help=", ".join(PROTOCOLS))
+    parser.add_argument("--target", default="market1501", help="the unseen target domain")
+    parser.add_argument("--data-root", type=Path, help="folder with the data sets; without it, the stand-in")
+    parser.add_argument("--preset", help="standin or real; by default standin without --data-root, else real")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and augmentation")
+    parser.add_argument(
+        "--output", type=Path, help="run folder (default: runs/train/<protocol>-<target>-<method>-s<seed>)"
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings, see lda/config.py"
+    )
+    return parser.parse_args(arguments)
+
+
+def resolve(options: argparse.Namespace) -> configs.Config:
+    """The configuration of a command line. Raises UsageError."""
+    changes = configs.parse_overrides(options.set)
+    for key in ("protocol", "target", "seed"):
+        changes.setdefault(key, getattr(options, key))
+    get_protocol(changes["protocol"]).sources(changes["target"])
+    preset = options.preset or ("real" if options.data_root else "standin")
+    return configs.preset(preset, **changes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 done, 1 failed, 2 bad usage, 130 interrupted."""
+    options = parse_arguments(arguments)
+    try:
+        config = resolve(options)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    name = f"{config.protocol}-{config.target}-{config.method}-s{config.seed}"
+    return _run(config, options.output or Path("runs", "train", name), options.data_root)
+
+
+def _run(config: configs.Config, folder: Path, data_root: Path | None) -> int:
+    from lda import trainer  # imports torch: bad usage is told before that takes its seconds
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(f"{config.method} -> {config.target}", total=config.total_steps)
+
+        def show(progress: trainer.Progress) -> None:
+            bar.update(task, completed=progress.step)
+            if progress.score is not None:
+                bar.console.print(f"epoch {progress.epoch}: selection score {100 * progress.score:.1f}")
+
+        try:
+            result = trainer.run_unit(config, folder, data_root=data_root, on_progress=show)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except trainer.TrainingError as error:
+            print(f"failed: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"interrupted; the same command goes on from {folder / 'checkpoint.pt'}", file=sys.stderr)
+            return 130
+    conditions = f"{result['data']}, {result['inference']}, {result['average_precision']} AP"
+    print(
+        f"{config.method} on {config.target} ({conditions}): mAP {100 * result['mAP']:.1f}, "
+        f"Rank-1 {100 * result['rank1']:.1f}; {result['selection']['rule']} "
+        f"{100 * result['selection']['score']:.1f}; {folder}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

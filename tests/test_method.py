@@ -1,0 +1,245 @@
+"""The training step and inference of LDA and the baseline."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lda.config import Config, preset
+from lda.errors import UsageError
+from lda.losses import Gaussian, alignment_loss, batch_hard_triplet_loss, consistency_loss, identity_loss
+from lda.method import LDA, Baseline, build_method
+from lda.networks import gem
+from lda.normalisation import AntiNormalised, Expert
+
+NUM_IDS = (5, 7, 6)
+
+
+def small(**changes: Any) -> Config:
+    return preset("standin", **{"bank_warmup_updates": 1, **changes})
+
+
+def batch(domain: int, seed: int = 0) -> SimpleNamespace:
+    images = torch.randn(8, 3, 64, 32, generator=torch.Generator().manual_seed(seed))
+    labels = torch.tensor([0, 1, 2, 3]).repeat_interleave(2)
+    return SimpleNamespace(images=images, labels=labels, domains=torch.full((8,), domain))
+
+
+def warmed(config: Config) -> LDA:
+    """A method that has seen every domain once."""
+    method = build_method(config, NUM_IDS)
+    assert isinstance(method, LDA)
+    for domain in range(3):
+        method.training_losses(batch(domain, seed=domain), step=0)
+    return method
+
+
+def test_step_equals_the_equations() -> None:
+    """Eq. (11) assembled by hand from a copy of the method."""
+    config = small(consistency_weight=0.7, alignment_weight=0.4, warmup_epochs=0)
+    method = warmed(config)
+    reference = copy.deepcopy(method)
+    data = batch(1, seed=9)
+    losses = method.training_losses(data, step=40)
+
+    donor = reference.draw_donor(1, 40)
+    with reference.backbone.switch.on(Expert(1)):
+        maps_e = reference.backbone(data.images)
+    with reference.backbone.switch.on(AntiNormalised(donor)):
+        maps_a = reference.backbone(data.images)
+    mean, var = maps_e.detach().mean((0, 2, 3)), maps_e.detach().var((0, 2, 3))
+    bank = reference.output_bank
+    means, variances = bank.mean.clone(), bank.var.clone()
+    means[1], variances[1] = 0.9 * means[1] + 0.1 * mean, 0.9 * variances[1] + 0.1 * var
+    latent = Gaussian(means.mean(0), variances.mean(0))
+    expected = 0.7 * consistency_loss(maps_e, latent) + 0.4 * alignment_loss(maps_a, latent)
+    for maps, head in ((maps_e, reference.head_e), (maps_a, reference.head_a)):
+        features = gem(maps, 3.0)
+        expected = expected + identity_loss(head(features, 1), data.labels, 0.1)
+        expected = expected + batch_hard_triplet_loss(features, data.labels, 0.3)
+    torch.testing.assert_close(losses["loss/total"], expected)
+
+
+def test_only_the_batchs_row_moves_and_network_a_never_writes() -> None:
+    method = warmed(small())
+    before = {name: bank.mean.clone() for name, bank in method.banks()}
+    losses = method.training_losses(batch(2, seed=5), step=3)
+    losses["loss/total"].backward()
+    assert "loss/id_a" in losses
+    for name, bank in method.banks():
+        assert torch.equal(bank.mean[:2], before[name][:2]), name
+        assert not torch.equal(bank.mean[2], before[name][2]), name
+        assert bank.counts == [1, 1, 2]
+
+
+def test_evaluation_writes_nothing() -> None:
+    method = warmed(small()).eval()
+    before = copy.deepcopy(method.state_dict())
+    method(batch(0).images)
+    for key, value in method.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("donor", ["uniform", "round_robin"])
+def test_donor_is_never_the_own_domain_and_uses_all_others(donor: str) -> None:
+    method = build_method(small(donor=donor), NUM_IDS)
+    assert isinstance(method, LDA)
+    for domain in range(3):
+        drawn = [method.draw_donor(domain, step) for step in range(300)]
+        assert set(drawn) == {0, 1, 2} - {domain}
+        assert 100 < drawn.count(drawn[0]) < 200
+        assert drawn == [method.draw_donor(domain, step) for step in range(300)]
+
+
+def test_network_a_waits_for_every_domain() -> None:
+    method = build_method(small(bank_warmup_updates=2), NUM_IDS)
+    assert isinstance(method, LDA)
+    for step, domain in enumerate([0, 0, 0, 1, 1, 2]):
+        assert "loss/id_a" not in method.training_losses(batch(domain), step)
+    assert "loss/id_a" in method.training_losses(batch(2), 6)
+
+
+def test_latent_is_the_mean_over_seen_domains_without_gradient() -> None:
+    method = build_method(small(), NUM_IDS)
+    assert isinstance(method, LDA)
+    method.training_losses(batch(2), 0)
+    assert torch.equal(method.latent().mean, method.output_bank.mean[2])
+    method.training_losses(batch(0), 1)
+    torch.testing.assert_close(method.latent().var, (method.output_bank.var[0] + method.output_bank.var[2]) / 2)
+    assert not method.latent().mean.requires_grad
+
+
+def test_latent_losses_ramp_over_the_warm_up() -> None:
+    method = build_method(small(warmup_epochs=2, steps_per_epoch=10), NUM_IDS)
+    assert isinstance(method, LDA)
+    assert [method.latent_ramp(step) for step in (0, 5, 20, 1000)] == [0.0, 0.25, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("inference", ["fused", "aligned", "expert"])
+def test_features_do_not_depend_on_batch_size_or_order(inference: str) -> None:
+    method = warmed(small(inference=inference)).eval()
+    images = batch(0, seed=4).images
+    together = method(images)
+    torch.testing.assert_close(torch.cat([method(image[None]) for image in images]), together, rtol=1e-4, atol=1e-5)
+    order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    torch.testing.assert_close(method(images[order]), together[order], rtol=1e-4, atol=1e-5)
+
+
+def test_fused_is_expert_plus_mean_of_donors() -> None:
+    method = warmed(small()).eval()
+    images = batch(0).images
+    normalise = torch.nn.functional.normalize
+    aligned = []
+    for donor in range(3):
+        with method.backbone.switch.on(AntiNormalised(donor)):
+            aligned.append(normalise(gem(method.backbone(images), 3.0)))
+    expected = normalise(method.pooled(images)) + sum(aligned) / 3
+    torch.testing.assert_close(method(images), expected)
+
+
+def test_backbone_has_the_plain_networks_parameters() -> None:
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    assert count(build_method(small(), NUM_IDS).backbone) == count(
+        build_method(small(method="baseline"), NUM_IDS).backbone
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"network_a": "in"},
+        {"network_a": "none", "inference": "expert"},
+        {"an_affine": "shared"},
+        {"norm_sites": "no_stem"},
+        {"latent": "barycentre"},
+        {"latent": "mixture"},
+        {"distance": "w2_squared"},
+        {"distance": "symmetric_kl"},
+        {"alignment": "batch"},
+        {"heads": "shared"},
+        {"classifier": "joint"},
+        {"activation_checkpointing": True},
+        {"bank_momentum": 0.0},
+        {"method": "baseline"},
+        {"method": "baseline", "baseline_norm": "instance"},
+    ],
+    ids=str,
+)
+def test_every_switch_trains_and_embeds(changes: dict[str, Any]) -> None:
+    """Two steps per domain: finite losses, every trainable parameter that is used gets a gradient."""
+    method = build_method(small(**changes), NUM_IDS)
+    for step in range(6):
+        losses = method.training_losses(batch(step % 3, seed=step), step)
+    losses["loss/total"].backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    grads = [p.grad for p in method.backbone.parameters()]
+    missing = sum(g is None for g in grads)
+    assert missing == 0
+    assert all(torch.isfinite(g).all() for g in grads)
+    features = method.eval()(batch(0).images)
+    assert features.shape == (8, 256)
+    assert torch.isfinite(features).all()
+
+
+def test_switches_change_the_result() -> None:
+    """No dead switch: each of these gives another total loss than the default on the same weights and batch."""
+
+    def total(**changes: Any) -> float:
+        method = warmed(small(warmup_epochs=0, **changes))
+        with torch.no_grad():
+            for parameter in method.backbone.parameters():
+                parameter.mul_(1.1)  # gamma = 1 would hide a missing affine
+        return method.training_losses(batch(1, seed=9), step=41)["loss/total"].item()
+
+    default = total()
+    for changes in (
+        {"network_a": "in"},
+        {"an_affine": "shared"},
+        {"norm_sites": "no_stem"},
+        {"latent": "barycentre"},
+        {"latent": "mixture"},
+        {"distance": "w2_squared"},
+        {"distance": "symmetric_kl"},
+        {"alignment": "batch"},
+        {"classifier": "joint"},
+        {"consistency_weight": 0.5},
+        {"alignment_weight": 0.5},
+        {"bank_momentum": 0.5},
+        {"label_smoothing": 0.0},
+        {"triplet_margin": 0.5},
+        {"triplet_weight": 0.5},
+        {"gem_p": 1.0},
+    ):
+        assert total(**changes) != pytest.approx(default, rel=1e-7), changes
+
+
+def test_seed_fixes_the_weights_and_leaves_the_global_generator_alone() -> None:
+    state = torch.random.get_rng_state()
+    first, second, other = (build_method(small(seed=s), NUM_IDS).state_dict() for s in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not torch.equal(first["backbone.conv1.weight"], other["backbone.conv1.weight"])
+
+
+def test_baseline_offsets_labels_of_mixed_batches() -> None:
+    method = build_method(small(method="baseline"), NUM_IDS)
+    assert isinstance(method, Baseline)
+    data = batch(0)
+    data.domains = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])
+    reference = copy.deepcopy(method)
+    features = gem(reference.backbone(data.images), 3.0)
+    labels = data.labels + torch.tensor([0, 0, 5, 5, 12, 12, 12, 12])
+    expected = identity_loss(reference.head(features, 0), labels, 0.1)
+    torch.testing.assert_close(method.training_losses(data, 0)["loss/id"], expected)
+
+
+def test_contradictions_are_told() -> None:
+    with pytest.raises(UsageError, match="another source domain"):
+        build_method(small(protocol="in_domain"), [5])
+    with pytest.raises(UsageError, match="set inference=expert"):
+        build_method(small(network_a="none"), NUM_IDS)
+    build_method(small(network_a="in"), [5])

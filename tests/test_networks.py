@@ -1,0 +1,173 @@
+"""Backbones, their conversion, pooling and heads."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from lda.errors import UsageError
+from lda.networks import Backbone, Head, add_buffer_banks, build_backbone, gem, use_instance_norm
+from lda.normalisation import AntiNormalised, BufferBankNorm2d, Expert, MeanExpert, named_banks
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, 64, 32, generator=torch.Generator().manual_seed(0))
+
+
+def converted(name: str = "small", recompute: bool = False) -> Backbone:
+    torch.manual_seed(0)
+    backbone = build_backbone(name, recompute=recompute)
+    add_buffer_banks(backbone, num_domains=3, momentum=0.9)
+    return backbone
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "sites"),
+    [("small", (256, 8, 4), 12), ("resnet18", (512, 4, 2), 20), ("resnet50", (2048, 4, 2), 53)],
+)
+def test_map_shape_and_conversion(name: str, shape: tuple[int, ...], sites: int, images: Tensor) -> None:
+    """Last stride 1 keeps twice the map; every one of ResNet-50's 53 layers gets a bank; no parameter is added."""
+    plain = build_backbone(name)
+    with torch.inference_mode():
+        assert plain.eval()(images[:1]).shape == (1, *shape)
+    parameters = sum(p.numel() for p in plain.parameters())
+    names = [n for n, m in plain.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    add_buffer_banks(plain, num_domains=3, momentum=0.9)
+    assert [n for n, _ in named_banks(plain)] == names
+    assert len(names) == sites
+    assert sum(p.numel() for p in plain.parameters()) == parameters
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
+
+
+def test_resnet18_is_torchvisions(images: Tensor) -> None:
+    """Same weights, same map, up to the last stage whose stride differs."""
+    torch.manual_seed(3)
+    reference = resnet18().eval()
+    torch.manual_seed(3)
+    ours = build_backbone("resnet18").eval()
+    reference.layer4[0].conv1.stride = reference.layer4[0].downsample[0].stride = (1, 1)
+    x = reference.maxpool(reference.relu(reference.bn1(reference.conv1(images))))
+    for stage in (reference.layer1, reference.layer2, reference.layer3, reference.layer4):
+        x = stage(x)
+    torch.testing.assert_close(ours(images), x)
+
+
+def test_conversion_keeps_the_function_of_one_domain(images: Tensor) -> None:
+    """A converted network whose bank holds BatchNorm's statistics computes what the plain one does."""
+    torch.manual_seed(0)
+    plain = build_backbone("small")
+    for _ in range(3):
+        plain(images)
+    ours = copy.deepcopy(plain)
+    add_buffer_banks(ours, num_domains=1, momentum=0.9)
+    for name, bank in named_banks(ours):
+        old = plain.get_submodule(name)
+        bank.mean[0].copy_(old.running_mean)
+        bank.var[0].copy_(old.running_var)
+    with ours.eval().switch.on(MeanExpert()):
+        torch.testing.assert_close(ours(images), plain.eval()(images))
+
+
+def test_keep_first_leaves_the_stem(images: Tensor) -> None:
+    backbone = build_backbone("small")
+    add_buffer_banks(backbone, num_domains=2, momentum=0.9, keep_first=True)
+    assert isinstance(backbone.get_submodule("bn1"), nn.BatchNorm2d)
+    assert len(list(named_banks(backbone))) == 11
+
+
+def test_instance_norm_network_ignores_the_batch(images: Tensor) -> None:
+    backbone = build_backbone("small")
+    use_instance_norm(backbone)
+    torch.testing.assert_close(backbone(images)[:1], backbone(images[:1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("route", [Expert(1), AntiNormalised(2)])
+def test_recomputation_changes_nothing(route: object, images: Tensor) -> None:
+    """Same gradients and banks with activation checkpointing: the second computation must not update twice."""
+    grads, banks = [], []
+    for recompute in (False, True):
+        backbone = converted(recompute=recompute)
+        for _ in range(2):
+            with backbone.switch.on(route):
+                y = backbone(images)
+            with backbone.switch.on(MeanExpert()):  # the switch stands elsewhere when the backward pass recomputes
+                y.square().mean().backward()
+        # gamma and beta take no part in Network-A
+        grads.append([torch.zeros(1) if p.grad is None else p.grad for p in backbone.parameters()])
+        banks.append(copy.deepcopy(dict(named_banks(backbone))))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+    for name in banks[0]:
+        assert banks[0][name].counts == banks[1][name].counts
+        assert torch.equal(banks[0][name].mean, banks[1][name].mean)
+
+
+def test_recomputation_of_plain_batch_norm_updates_once(images: Tensor) -> None:
+    running = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        backbone = build_backbone("small", recompute=recompute)
+        backbone(images).sum().backward()
+        running.append(backbone.get_submodule("layer2.0.bn1").running_mean)
+    assert torch.equal(*running)
+
+
+def test_gem_equals_loop() -> None:
+    maps = torch.rand(2, 3, 4, 5)
+    for n in range(2):
+        for c in range(3):
+            values = maps[n, c].flatten().tolist()
+            expected = (sum(v**3 for v in values) / len(values)) ** (1 / 3)
+            assert float(gem(maps, 3.0)[n, c]) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(gem(maps, 1.0), maps.mean((2, 3)))
+
+
+def test_gem_of_a_dead_map_has_finite_gradient() -> None:
+    maps = torch.zeros(1, 2, 3, 3, requires_grad=True)
+    gem(maps, 3.0).sum().backward()
+    assert torch.isfinite(maps.grad).all()
+
+
+def test_head_has_one_neck_and_classifier_per_group() -> None:
+    head = Head(8, [3, 5])
+    features = torch.randn(6, 8)
+    assert head(features, 0).shape == (6, 3)
+    assert head(features, 1).shape == (6, 5)
+    before = head.necks[1].running_mean.clone()
+    head(features + 1, 0)
+    assert torch.equal(head.necks[1].running_mean, before)
+    assert not any(neck.bias.requires_grad for neck in head.necks)
+
+
+def test_weights_from_a_file(tmp_path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.manual_seed(5)
+    reference = resnet18()
+    torch.save(reference.state_dict(), path)
+    ours = build_backbone("resnet18", str(path))
+    assert torch.equal(ours.get_submodule("conv1").weight, reference.conv1.weight)
+
+
+def test_bad_weights_are_one_clear_line(tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"missing\.pth' is not a file"):
+        build_backbone("resnet18", str(tmp_path / "missing.pth"))
+    page = tmp_path / "page.pth"
+    page.write_text("<html>not found</html>")
+    with pytest.raises(UsageError, match=r"cannot read .*page\.pth"):
+        build_backbone("resnet18", str(page))
+    torch.save({"conv1.weight": torch.zeros(1)}, page)
+    with pytest.raises(UsageError, match=r"page\.pth' does not fit"):
+        build_backbone("resnet18", str(page))
+    with pytest.raises(UsageError, match="small backbone has no pretrained weights"):
+        build_backbone("small", "imagenet")
+
+
+def test_layers_share_one_switch() -> None:
+    backbone = converted()
+    layers = [m for m in backbone.modules() if isinstance(m, BufferBankNorm2d)]
+    assert {id(layer.switch) for layer in layers} == {id(backbone.switch)}
