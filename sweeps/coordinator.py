@@ -1,0 +1,417 @@
+"""Sets a study up once, keeps one worker process per slot alive, and puts back on the list what got lost.
+
+Imports no torch, so that the command answers at once. The coordinator holds nothing that is not in the study's storage
+or folder: it may be killed at any moment, and several may work on one study.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
+from sqlalchemy.exc import DBAPIError
+
+from lda.data.sources import build_task
+from lda.data.standin import MARKER, ensure_standin
+from lda.errors import UsageError
+from lda.runs import environment, write_json
+from sweeps.assignment import EXIT_USAGE, STOP_SECONDS, Assignment
+from sweeps.devices import Slot
+from sweeps.display import EventLines
+from sweeps.folders import StudyFolder, read_json
+from sweeps.heartbeat import EXIT_FENCED
+from sweeps.jobs import confirm_study, enqueue_confirmation, enqueue_first_points, job_of
+from sweeps.ledger import Budget, Entry, Kind, Ledger
+from sweeps.mirror import Mirror
+from sweeps.spec import StudySpec, differences, from_dict, same_study, to_dict
+from sweeps.storage import create_or_load, masked, open_storage
+
+_POLL_SECONDS = 0.25
+_UPKEEP_SECONDS = 1.0
+_DEATHS_IN_VAIN = 3  # of workers in a row, none of which began an attempt
+
+
+class StudyError(RuntimeError):
+    """The study cannot go on, through no mistake in its settings."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a study: their root folder, and the content hash of what each target's units read."""
+
+    root: Path
+    hashes: dict[str, str]
+
+    @property
+    def kind(self) -> str:
+        """How results are labelled."""
+        return "stand-in" if any(self.hashes.values()) else "real"
+
+
+def is_standin(data_root: Path | None) -> bool:
+    """Whether a study on this data root (None: the built-in one) runs on stand-in images."""
+    return data_root is None or (data_root / MARKER).is_file()
+
+
+def prepare_data(spec: StudySpec, data_root: Path | None) -> Data:
+    """Draw the stand-in, or check that every data set is there. Raises UsageError naming all that is missing."""
+    root = (data_root or ensure_standin(spec.standin)).resolve()
+    hashes = {}
+    for target in spec.targets:
+        config = spec.config(target, spec.seed, {})
+        task = build_task(
+            spec.protocol,
+            target,
+            root,
+            validation_fraction=config.validation_fraction,
+            cuhk03_boxes=config.cuhk03_boxes,
+            msmt17_train=config.msmt17_train,
+        )
+        hashes[target] = task.data_hash
+    return Data(root, hashes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a coordinator has to know.
+
+    Attributes:
+        study: name, of the study's folder and of its Optuna study.
+        folder: runs/<study>.
+        storage: URL, password and all.
+        command: as typed, its storage URL masked; also how to go on after an interruption.
+        join: whether the study must exist already.
+    """
+
+    study: str
+    spec: StudySpec
+    folder: StudyFolder
+    data: Data
+    storage: str
+    slots: tuple[Slot, ...]
+    command: str
+    join: bool = False
+
+
+def joined_spec(study: str, storage: str, folder: Path) -> StudySpec:
+    """The spec of a running study, as its coordinator resolved it. Raises UsageError when there is none."""
+    if storage.startswith("sqlite:///") and not Path(storage.removeprefix("sqlite:///")).exists():
+        raise UsageError(f"--join: no study {study!r} in {folder}; start it without --join first")
+    opened = open_storage(storage, 60, 180)
+    try:
+        attributes = optuna.load_study(study_name=study, storage=opened).user_attrs
+    except KeyError:
+        raise UsageError(f"--join: no study {study!r} in {masked(storage)}; start it without --join first") from None
+    if "spec" not in attributes:
+        raise UsageError(f"--join: study {study!r} is still being set up, try again in a moment")
+    return from_dict(attributes["spec"])
+
+
+class Coordinator:
+    """Runs one study to its end, or until told to stop."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.spec, self.folder = plan, plan.spec, plan.folder
+        self.storage: BaseStorage = open_storage(plan.storage, plan.spec.heartbeat_seconds, plan.spec.grace_seconds)
+        search = self.spec.search
+        until = None if search.hours is None else time.time() + 3600 * search.hours
+        trials = len(self.spec.first_points) if search.sampler == "grid" else search.trials
+        self.budget = Budget(trials, search.retries, search.device_hours, until)
+        self.search = self._set_up_search()
+        self.confirm: Ledger | None = None
+        self.mirror = Mirror(self.folder, self.spec)
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.stop = threading.Event()
+        self._started = 0
+        self._deaths_in_vain, self._attempts_seen = 0, -1
+        self._failure: Exception | None = None
+
+    # --- setting up --------------------------------------------------------------------------------------------------
+
+    def _set_up_search(self) -> Ledger:
+        """Create the study, or check that the one that exists is the same."""
+        self._check_same(read_json(path)["spec"] if (path := self.folder.path / "study.json").exists() else None)
+        study = create_or_load(self.storage, self.plan.study, self._prepare_search)
+        attributes = study.user_attrs
+        self._check_same(attributes["spec"])
+        if attributes["data_hash"] != self.plan.data.hashes:
+            raise UsageError(
+                f"the images in {self.plan.data.root} are not those that study {self.plan.study!r} was begun with; "
+                "restore them, or give another --output"
+            )
+        ledger = Ledger(self.storage, study, self.budget)
+        enqueue_first_points(self.spec, ledger)  # the budget or the list of points may have grown
+        self._write_study()
+        return ledger
+
+    def _prepare_search(self, study: optuna.Study) -> None:
+        study.set_metric_names(["selection score"])
+        study.set_user_attr("spec", to_dict(self.spec))
+        study.set_user_attr("data_hash", self.plan.data.hashes)
+        study.set_user_attr("title", self.spec.title)
+        enqueue_first_points(self.spec, Ledger(self.storage, study, self.budget))
+
+    def _check_same(self, before: dict[str, Any] | None) -> None:
+        """Raises UsageError naming what differs from the study as it was begun."""
+        if before is None:
+            return
+        found = differences(same_study(from_dict(before)), same_study(self.spec))
+        if found:
+            raise UsageError(
+                f"study {self.plan.study!r} in {self.folder.path} was begun with other settings: {'; '.join(found)}. "
+                "Give the old ones, or another --output"
+            )
+
+    def _write_study(self) -> None:
+        spec, search = self.spec, self.spec.search
+        plain = to_dict(spec)
+        machine = environment("")
+        content = {
+            "study": self.plan.study,
+            "title": spec.title,
+            "protocol": spec.protocol,
+            "targets": list(spec.targets),
+            "preset": spec.preset,
+            "data": self.plan.data.kind,
+            "data_root": str(self.plan.data.root),
+            "data_hash": self.plan.data.hashes,
+            "selection": spec.selection,
+            "seed": spec.seed,
+            "confirm_seeds": list(spec.confirm_seeds),
+            "space": plain["search"]["space"],
+            "defaults": spec.defaults,
+            "base": plain["base"],
+            "sampler": search.sampler,
+            "budget": {"trials": search.trials, "hours": search.hours, "device_hours": search.device_hours},
+            "command": self.plan.command,
+            "storage": masked(self.plan.storage),
+            "commit": machine["commit"],
+            "dirty": machine["dirty"],
+            "versions": {"python": machine["python"], **machine["versions"]},
+            "spec": plain,
+        }
+        write_json(self.folder.path / "study.json", content)
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Work until nothing is left to do. Returns False when interrupted.
+
+        Raises UsageError when a worker finds the data or the settings unusable, StudyError when workers cannot start.
+        """
+        events = EventLines(self.folder)
+        self._upkeep(kind="interrupted")  # what an earlier command left behind
+        finished = False
+        with self._signals():
+            try:
+                while not self.stop.is_set() and not finished:
+                    self._supervise()
+                    finished = self._safely_upkeep()
+                    end = time.monotonic() + _UPKEEP_SECONDS
+                    while time.monotonic() < end and not self.stop.is_set() and not finished:
+                        self._print(events)
+                        self.stop.wait(_POLL_SECONDS)
+            finally:
+                self._stop_workers()
+                self._upkeep(kind="interrupted")
+                self._print(events)
+        if self._failure is not None:
+            raise self._failure
+        return finished
+
+    def any_complete(self) -> bool:
+        """Whether any configuration got through."""
+        return any(entry.last.state == TrialState.COMPLETE for entry in self.search.entries())
+
+    def summary(self) -> str:
+        """How the study ended, in one line."""
+        known = self.search.entries()
+        count = Counter(entry.last.state for entry in known)
+        retried = sum(len(entry.attempts) > 1 for entry in known)
+        return (
+            f"{self.plan.study}: {count[TrialState.COMPLETE]} trials complete, {count[TrialState.PRUNED]} pruned, "
+            f"{count[TrialState.FAIL]} failed, {retried} tried more than once; {self.folder.path}"
+        )
+
+    def _print(self, events: EventLines) -> None:
+        for line in events.new():
+            print(line, flush=True)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first signal stops in good order, the second kills the workers."""
+
+        def on_signal(number: int, frame: object) -> None:
+            if self.stop.is_set():
+                self._kill_workers()
+            self.stop.set()
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, on_signal) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _safely_upkeep(self) -> bool:
+        try:
+            return self._upkeep(kind="lost")
+        except (optuna.exceptions.StorageInternalError, DBAPIError) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            self.folder.event(f"the study's storage does not answer, trying on: {reason}")
+            return False
+
+    def _upkeep(self, kind: Kind) -> bool:
+        """Find what was lost, put it on the list again, bring the files up to date. True when the study is done."""
+        ledgers = [self.search] if self.confirm is None else [self.search, self.confirm]
+        for worker in self.folder.dead_workers():
+            for ledger in ledgers:
+                for number in ledger.release_worker(worker, kind, f"its worker {worker} died"):
+                    self.folder.event(f"attempt {number} of {worker} ended with its worker")
+            self.folder.forget_worker(worker)
+        for ledger in ledgers:
+            ledger.reap(self.spec.grace_seconds)
+            for entry in ledger.requeue():
+                self.folder.event(f"{job_of(self.spec, entry.last).trial} will be tried again")
+        known = self.search.entries()
+        searched = self.budget.exhausted(known)
+        if (
+            searched
+            and self.confirm is None
+            and self.spec.confirm.seeds
+            and any(e.last.value is not None for e in known)
+        ):
+            self.confirm = self._set_up_confirmation(known)
+        confirming = [] if self.confirm is None else self.confirm.entries()
+        self.mirror.update(known, confirming)
+        return searched and all(entry.ended(self.budget.retries) for entry in confirming)
+
+    def _set_up_confirmation(self, known: list[Entry]) -> Ledger:
+        budget = Budget(trials=0, retries=self.budget.retries)
+
+        def prepare(study: optuna.Study) -> None:
+            enqueue_confirmation(self.spec, known, Ledger(self.storage, study, budget))
+
+        name = confirm_study(self.plan.study)
+        ledger = Ledger(self.storage, create_or_load(self.storage, name, prepare), budget)
+        enqueue_confirmation(self.spec, known, ledger)  # the search or the number of seeds may have grown
+        return ledger
+
+    # --- worker processes --------------------------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        """Start the workers that are missing."""
+        for slot in self.plan.slots:
+            process = self.processes.get(slot.index)
+            code = None if process is None else process.poll()
+            if process is not None and code is None:
+                continue
+            if code is not None and not self._may_restart(slot, code):
+                self.stop.set()
+                return
+            self.processes[slot.index] = self._start_worker(slot)
+
+    def _may_restart(self, slot: Slot, code: int) -> bool:
+        """Judge the end of a worker; sets what `run` raises when there is no going on."""
+        if code == EXIT_USAGE:
+            self._failure = UsageError(_last_line(self._log(slot)).removeprefix("error: "))
+            return False
+        attempts = len(self.search.trials()) + (0 if self.confirm is None else len(self.confirm.trials()))
+        self._deaths_in_vain = 0 if attempts != self._attempts_seen else self._deaths_in_vain + 1
+        self._attempts_seen = attempts
+        if self._deaths_in_vain >= _DEATHS_IN_VAIN + len(self.plan.slots):
+            self._failure = StudyError(
+                f"workers die before they begin: {_last_line(self._log(slot))} ({self._log(slot)})"
+            )
+            return False
+        how = {EXIT_FENCED: "lost touch with the storage"}.get(
+            code, f"was killed by signal {-code}" if code < 0 else "failed"
+        )
+        self.folder.event(f"worker {slot.index} {how}, starting it again")
+        return True
+
+    def _start_worker(self, slot: Slot) -> subprocess.Popen[bytes]:
+        self.folder.workers.mkdir(parents=True, exist_ok=True)
+        with self._log(slot).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "sweeps.worker"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **slot.environment},
+                start_new_session=True,  # Ctrl-C is the coordinator's to handle
+            )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # dead already: _supervise will see
+            self._assignment(slot).send(process.stdin)
+        self._started += 1
+        return process
+
+    def _assignment(self, slot: Slot) -> Assignment:
+        host = f"{platform.node()} {uuid.uuid4()}" if self.plan.join else ""
+        return Assignment(
+            study=self.plan.study,
+            spec=to_dict(self.spec),
+            storage=self.plan.storage,
+            folder=str(self.folder.path),
+            data_root=str(self.plan.data.root),
+            data_hash=self.plan.data.hashes,
+            slot=slot.index,
+            threads=slot.threads,
+            salt=f"{host} {slot.index} {self._started} {len(self.search.trials())}",
+            until=self.budget.until,
+        )
+
+    def _log(self, slot: Slot) -> Path:
+        return self.folder.workers / f"{platform.node()}-{slot.index}.log"
+
+    def _stop_workers(self) -> None:
+        """Close every worker's stdin, wait for its unit to end, then use force."""
+        for process in self.processes.values():
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        end = time.monotonic() + STOP_SECONDS
+        for process in self.processes.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.1, end - time.monotonic()))
+        self._kill_workers()
+
+    def _kill_workers(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"
+
+
+def report(folder: Path, commands: Sequence[Sequence[str]]) -> list[str]:
+    """Run analysis commands on a finished study. Returns one line per command that failed: the study is safe anyway."""
+    failed = []
+    for command in commands:
+        done = subprocess.run([sys.executable, "-m", *command, str(folder)], stderr=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            failed.append(f"{' '.join(command)} failed: {reason}")
+    return failed

@@ -1,0 +1,63 @@
+"""Signs of life of a running attempt, and the fence around a worker that could not give any."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import optuna
+from sqlalchemy.exc import DBAPIError
+
+EXIT_FENCED = 75  # EX_TEMPFAIL: nothing is wrong with the worker, it only lost touch
+
+
+def _uptime() -> float:
+    """Seconds of a clock that goes on while the machine sleeps (where there is one)."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+class Heartbeat:
+    """Records that an attempt is alive, every `interval` seconds while entered.
+
+    When that fails for as long as `limit` seconds, others may have taken the attempt over: the process ends at once,
+    before it writes anything more (fencing). The same happens when the whole process slept for that long.
+    """
+
+    def __init__(self, beat: Callable[[], None], interval: float, limit: float) -> None:
+        self._beat, self._interval, self._limit = beat, interval, limit
+        self._done = threading.Event()
+        self._last = _uptime()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._record, self._watch)]
+
+    def __enter__(self) -> Heartbeat:
+        self._beat()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def check(self) -> None:
+        """End the process if the attempt may be another's by now. Called before whatever must not be done twice."""
+        if _uptime() - self._last > self._limit:
+            print("fenced: no heartbeat could be recorded in time, the trial may be another's by now", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(EXIT_FENCED)
+
+    def _record(self) -> None:
+        while not self._done.wait(self._interval):
+            now = _uptime()
+            try:
+                self._beat()
+            except (optuna.exceptions.StorageInternalError, DBAPIError) as error:
+                print(f"heartbeat not recorded, will try again: {error}", file=sys.stderr)
+                continue
+            self._last = now  # the time before the call: when exactly the database took it is unknown
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(0.2, self._interval)):
+            self.check()

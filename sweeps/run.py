@@ -1,0 +1,223 @@
+"""Run a study: python sweeps/run.py --study protocol3
+
+The same command goes on with a study that was interrupted or killed. Exit codes: 0 done, 1 failed, 2 bad usage,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lda.config import parse_overrides
+from lda.errors import UsageError
+from lda.protocols import DATASETS, get_protocol
+from sweeps.spec import StudySpec, load, resolve, study_file, study_names
+from sweeps.storage import VARIABLE, has_password, masked, storage_url
+
+if TYPE_CHECKING:
+    from sweeps.coordinator import Plan
+
+# optuna (1 s) and the loaders are imported where they are needed, so that --help, --list and mistakes answer at once.
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="sweeps/run.py",
+        description="Run a study of LDA. The same command goes on with one that was interrupted.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--study", help="a study's name (see --list), or a YAML file", metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="list the studies with their cost")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="the real data sets; without it, the stand-in")
+    parser.add_argument("--output", type=Path, default=Path("runs"), metavar="DIR", help="parent of the study's folder")
+    parser.add_argument("--trials", type=_positive, metavar="N", help="configurations to try, instead of the study's")
+    parser.add_argument("--seed", type=_count, metavar="N", help="seed, instead of the study's")
+    parser.add_argument("--confirm-seeds", type=_count, metavar="N", help="fresh seeds of the confirmation, 0 for none")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="worker processes; one per GPU, else per core")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of lda/config.py for every trial; a swept one is fixed instead",
+    )
+    parser.add_argument(
+        "--storage",
+        metavar="URL",
+        help=f"postgresql://..., journal[:PATH] or sqlite:///...; also {VARIABLE}. Default: sqlite in the study's folder",
+    )
+    parser.add_argument("--join", action="store_true", help="add this machine's workers to a study that runs elsewhere")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if _count(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text!r}")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    given = parser().parse_args(arguments)
+    try:
+        if given.list:
+            _list()
+            return 0
+        if given.study is None:
+            raise UsageError(f"--study NAME is missing; one of: {', '.join(study_names())}")
+        _hide_password(given, arguments)
+        return _run(given, arguments)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before the coordinator took over
+        return 130
+
+
+def _list() -> None:
+    for name in study_names():
+        spec = load(study_file(name))
+        print(f"{name:12} {spec.title}\n{'':12} {spec.cost}")
+
+
+def _hide_password(given: argparse.Namespace, arguments: list[str]) -> None:
+    """A password on the command line is in every list of processes: start again with the URL in the environment."""
+    if given.storage is None or not has_password(given.storage):
+        return
+    kept = [argument for argument in arguments if given.storage not in argument or argument == "--storage"]
+    if "--storage" in kept:
+        kept.remove("--storage")
+    environment = {**os.environ, VARIABLE: given.storage}
+    os.execve(sys.executable, [sys.executable, sys.argv[0], *kept], environment)
+
+
+def _run(given: argparse.Namespace, arguments: Sequence[str]) -> int:
+    file = study_file(given.study)
+    name = file.stem
+    folder = given.output / name
+    url = storage_url(given.storage or os.environ.get(VARIABLE), folder)
+    spec = _spec(given, file, url, folder)
+    if given.dry_run:
+        print(_description(name, spec, given, folder, url))
+        return 0
+    return _coordinate(given, name, spec, folder, url, arguments)
+
+
+def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> StudySpec:
+    if given.join:
+        settled = {"--set": given.set, "--seed": given.seed is not None, "--trials": given.trials}
+        if changed := [option for option, value in settled.items() if value]:
+            raise UsageError(f"--join takes the study as it runs; leave out {' and '.join(changed)}")
+        from sweeps.coordinator import joined_spec
+
+        return joined_spec(file.stem, url, folder)
+    if given.data_root is not None and not given.data_root.is_dir():
+        raise UsageError(f"--data-root {given.data_root}: there is no such folder")
+    standin = given.data_root is None or (given.data_root / "STANDIN.json").is_file()
+    return resolve(
+        load(file),
+        file,
+        real_data=not standin,
+        overrides=parse_overrides(given.set),
+        seed=given.seed,
+        trials=given.trials,
+        confirm_seeds=given.confirm_seeds,
+    )
+
+
+def _description(name: str, spec: StudySpec, given: argparse.Namespace, folder: Path, url: str) -> str:
+    protocol, search = get_protocol(spec.protocol), spec.search
+    data = str(given.data_root) if given.data_root else f"stand-in domains, scale {spec.standin}"
+    config = spec.config(spec.targets[0], spec.seed, {})
+    confirmed = (spec.confirm.top + 2) * spec.confirm.seeds
+    lines = [
+        f"study      {name}: {spec.title}",
+        f"data       {data}; preset {spec.preset}",
+        f"training   {config.epochs} epochs of {config.steps_per_epoch} steps, {config.backbone}, "
+        f"{config.image_height} x {config.image_width} pixels",
+        *(
+            f"target     {DATASETS[target]} from {', '.join(DATASETS[s] for s in protocol.sources(target))}"
+            for target in spec.targets
+        ),
+        f"selection  {spec.selection}",
+        f"search     {search.trials} trials by {search.sampler}, seed {spec.seed}; trial 0 is the defaults",
+        *(f"           {key}: {_axis(spec, key)}" for key in search.space),
+        *(f"fixed      {pair}" for pair in given.set),
+        f"confirm    {confirmed} runs: baseline, defaults and top {spec.confirm.top} on seeds {list(spec.confirm_seeds)}",
+        f"units      {(search.trials + confirmed) * len(spec.targets)} (one per target)",
+        f"cost       {spec.cost}",
+        f"folder     {folder}",
+        f"storage    {masked(url)}",
+    ]
+    return "\n".join(lines)
+
+
+def _axis(spec: StudySpec, key: str) -> str:
+    axis, default = spec.search.space[key], spec.defaults[key]
+    if axis.choices:
+        values = f"one of {list(axis.choices)}"
+    else:
+        step = f", step {axis.step:g}" if axis.step else ""
+        values = f"{axis.low:g} to {axis.high:g}{', log' if axis.log else ''}{step}"
+    return f"{values}; default {default}"
+
+
+def _coordinate(
+    given: argparse.Namespace, name: str, spec: StudySpec, folder: Path, url: str, arguments: Sequence[str]
+) -> int:
+    from sweeps.coordinator import Coordinator, Plan, StudyError, prepare_data, report
+    from sweeps.devices import plan_slots
+    from sweeps.folders import StudyFolder
+
+    config = spec.config(spec.targets[0], spec.seed, {})
+    plan = Plan(
+        study=name,
+        spec=spec,
+        folder=StudyFolder(folder.resolve()),
+        data=prepare_data(spec, given.data_root),
+        storage=url,
+        slots=tuple(plan_slots(given.workers, config.threads, config.device)),
+        command=shlex.join(["python", "sweeps/run.py", *arguments]),
+        join=given.join,
+    )
+    _announce(plan, given.set)
+    coordinator = Coordinator(plan)
+    try:
+        finished = coordinator.run()
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if not finished:
+        print(f"interrupted; everything finished is kept. Go on with:\n  {plan.command}", file=sys.stderr)
+        return 130
+    for line in report(folder, [["analysis.tables"], ["analysis.buffer_bank"]]):
+        print(f"warning: {line}", file=sys.stderr)
+    print(coordinator.summary())
+    return 0 if coordinator.any_complete() else 1
+
+
+def _announce(plan: Plan, fixed: Sequence[str]) -> None:
+    where = f"{len(plan.slots)} worker{'s' if len(plan.slots) > 1 else ''} on {'GPU' if plan.slots[0].gpu else 'CPU'}"
+    print(f"{plan.study}: {plan.spec.title} ({plan.data.kind} data, {where}, {plan.folder.path})", flush=True)
+    for pair in fixed:
+        print(f"fixed for every trial: {pair}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

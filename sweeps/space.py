@@ -1,0 +1,144 @@
+"""The search space: which settings of `lda.config` a study sweeps, and between which values.
+
+An axis is checked against the setting's own type and bounds, and so is every point that is enqueued: Optuna itself
+accepts an enqueued value outside its range with no more than a warning (seen with 5.0).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lda.config import FIELDS, check_key, from_mapping
+from lda.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+Point = dict[str, Any]
+"""One value per swept setting."""
+
+# Set elsewhere in a study file, or by the command line: sweeping them would make trials incomparable.
+_FIXED_BY_STUDY = ("protocol", "target", "seed", "selection", "validation_fraction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """Values of one setting: `low` to `high` (inclusive; `log` scale or in whole `step`s), or a list of `choices`."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    step: float | None = None
+    choices: tuple[str | bool | int | float, ...] = ()
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """(low, high) of an axis without choices."""
+        assert self.low is not None, "checked_axis refuses a range without low"
+        assert self.high is not None, "checked_axis refuses a range without high"
+        return self.low, self.high
+
+
+Space = Mapping[str, Axis]
+
+
+def checked_axis(key: str, axis: Axis) -> Axis:
+    """`axis` with its values in the setting's type. Raises UsageError that starts with the key at fault."""
+    check_key(key)
+    kind = type(FIELDS[key].default)
+    if key in _FIXED_BY_STUDY or not FIELDS[key].metadata["identity"] or kind is tuple:
+        raise UsageError(f"{key}: this setting cannot be swept")
+    if axis.choices:
+        if (axis.low, axis.high, axis.step, axis.log) != (None, None, None, False):
+            raise UsageError(f"{key}: choices stand alone, without low, high, log or step")
+        choices = tuple(_typed(key, value) for value in axis.choices)
+        if len(set(choices)) != len(choices):
+            raise UsageError(f"{key}.choices: each value once, got {list(choices)}")
+        return Axis(choices=choices)
+    if kind not in (int, float):
+        raise UsageError(f"{key}: expected choices, a list of values")
+    if axis.low is None or axis.high is None:
+        raise UsageError(f"{key}: expected low and high, or choices")
+    low, high = _typed(key, _whole(key, axis.low)), _typed(key, _whole(key, axis.high))
+    if not low < high:
+        raise UsageError(f"{key}: low {low!r} must be below high {high!r}")
+    if axis.log and low <= 0:
+        raise UsageError(f"{key}.low: {low!r} on a log scale, expected a value above 0")
+    if axis.step is not None and (axis.log or not 0 < axis.step <= high - low):
+        raise UsageError(f"{key}.step: expected a value in 0 to {high - low!r} and no log scale, got {axis.step!r}")
+    step = None if axis.step is None else _whole(key, axis.step)
+    return Axis(low=low, high=high, log=axis.log, step=step)
+
+
+def _whole(key: str, value: float) -> float:
+    """Bounds of a whole-number setting arrive as float: 3.0 becomes 3, 3.5 is left for Config to refuse."""
+    return int(value) if type(FIELDS[key].default) is int and float(value).is_integer() else value
+
+
+def _typed(key: str, value: Any) -> Any:
+    return getattr(from_mapping({key: value}), key)
+
+
+def checked_point(space: Space, point: Mapping[str, Any]) -> Point:
+    """`point` in the settings' types. Raises UsageError when a key is not swept or a value lies off its axis."""
+    for key in point:
+        if key not in space:
+            raise UsageError(unknown("swept setting", key, space))
+    return {key: _on_axis(key, space[key], value) for key, value in point.items()}
+
+
+def _on_axis(key: str, axis: Axis, value: Any) -> Any:
+    value = _typed(key, value)
+    if axis.choices:
+        if value not in axis.choices:
+            raise UsageError(f"{key}: {value!r} is not one of the choices {list(axis.choices)}")
+        return value
+    low, high = axis.bounds
+    if not low <= value <= high:
+        raise UsageError(f"{key}: {value!r} is outside the swept range {low!r} to {high!r}")
+    if axis.step is not None and not math.isclose(steps := (value - low) / axis.step, round(steps), abs_tol=1e-6):
+        raise UsageError(f"{key}: {value!r} is not low {low!r} plus whole steps of {axis.step!r}")
+    return value
+
+
+def grid(space: Space, seed: int) -> list[Point]:
+    """Every point of a space of choices and steps, in an order shuffled by `seed` (a cut-off grid is not lopsided).
+
+    Raises UsageError for an axis without a finite list of values.
+    """
+    points = [
+        dict(zip(space, values, strict=True)) for values in itertools.product(*map(_values, space, space.values()))
+    ]
+    random.Random(seed).shuffle(points)
+    return points
+
+
+def _values(key: str, axis: Axis) -> list[Any]:
+    if axis.choices:
+        return list(axis.choices)
+    if axis.step is None:
+        raise UsageError(f"{key}: the grid sampler needs choices, or a step")
+    low, high = axis.bounds
+    return [_typed(key, low + i * axis.step) for i in range(int((high - low) / axis.step + 1e-6) + 1)]
+
+
+def distributions(space: Space) -> dict[str, BaseDistribution]:
+    """The axes as Optuna distributions, in the study file's order."""
+    from optuna import distributions as optuna  # late: the command line starts without optuna
+
+    found: dict[str, BaseDistribution] = {}
+    for key, axis in space.items():
+        if axis.choices:
+            found[key] = optuna.CategoricalDistribution(axis.choices)
+            continue
+        low, high = axis.bounds
+        if type(FIELDS[key].default) is int:
+            found[key] = optuna.IntDistribution(int(low), int(high), log=axis.log, step=int(axis.step or 1))
+        else:
+            found[key] = optuna.FloatDistribution(low, high, log=axis.log, step=axis.step)
+    return found

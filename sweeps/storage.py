@@ -1,0 +1,141 @@
+"""Where the trials of a study are kept: one factory for sqlite (default), PostgreSQL and a journal file.
+
+sqlite:      runs/<study>/optuna.db; one machine, any number of workers.
+PostgreSQL:  `--storage postgresql://user@host/database` or LDA_STORAGE; several machines. Passwords are best left to
+             PGPASSWORD or ~/.pgpass; one inside the URL is masked wherever the URL is written.
+journal:     `--storage journal` or `journal:PATH`; machines that share a disk but no database. It has no heartbeats: a
+             dead worker is found by its lock in the study's folder, so that folder must lie on the shared disk too.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from lda.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.study import Study
+
+T = TypeVar("T")
+
+VARIABLE = "LDA_STORAGE"
+_JOURNAL = "journal:"
+_SCHEMES = ("sqlite", "postgresql", "journal")
+
+
+def storage_url(requested: str | None, folder: Path) -> str:
+    """The URL of a study's storage. Raises UsageError for a kind that is not supported."""
+    if requested is None:
+        return f"sqlite:///{folder.resolve() / 'optuna.db'}"
+    if requested == "journal":
+        return f"{_JOURNAL}{folder.resolve() / 'optuna-journal.log'}"
+    scheme = requested.split(":")[0].split("+")[0]
+    if scheme == "postgres":  # the common alias, which SQLAlchemy does not take
+        requested, scheme = requested.replace("postgres", "postgresql", 1), "postgresql"
+    if ":" not in requested or scheme not in _SCHEMES:
+        raise UsageError(f"--storage {masked(requested)}: {unknown('kind of storage', scheme, _SCHEMES)}")
+    if scheme == "postgresql":
+        return "postgresql+psycopg:" + requested.split(":", 1)[1]
+    return requested
+
+
+def has_password(url: str) -> bool:
+    """Whether the URL itself holds a password."""
+    return urlsplit(url).password is not None or "password=" in urlsplit(url).query
+
+
+def masked(url: str) -> str:
+    """The URL without its password: what may be printed and written."""
+    if not has_password(url):
+        return url
+    parts = urlsplit(url)
+    user, host = parts.netloc.rpartition("@")[0].split(":")[0], parts.netloc.rpartition("@")[2]
+    query = "&".join("password=***" if part.startswith("password=") else part for part in parts.query.split("&"))
+    netloc = f"{user}:***@{host}" if parts.password is not None else parts.netloc
+    return urlunsplit(parts._replace(netloc=netloc, query=query))
+
+
+def open_storage(url: str, heartbeat_seconds: int, grace_seconds: int) -> BaseStorage:
+    """Connect, creating the tables where there are none. Raises UsageError when that is not possible."""
+    import optuna
+    from sqlalchemy.exc import DBAPIError
+
+    # Heartbeats outside Study.optimize are ours to keep (see worker.py), and experimental in name only.
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used with")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if url.startswith(_JOURNAL):
+        from optuna.storages.journal import JournalFileBackend
+
+        backend = JournalFileBackend(url.removeprefix(_JOURNAL))
+        return optuna.storages.JournalStorage(backend)
+    if url.startswith("sqlite"):
+        arguments: dict[str, Any] = {"connect_args": {"timeout": 60}}
+    else:
+        # One connection for the work, one for the heartbeat. A cut link must not hold either for TCP's quarter hour.
+        limits = {"connect_timeout": 10, "tcp_user_timeout": 1000 * max(1, grace_seconds // 2)}
+        arguments = {"pool_pre_ping": True, "pool_size": 2, "connect_args": limits}
+    try:
+        rdb = patiently(
+            lambda: optuna.storages.RDBStorage(
+                url, engine_kwargs=arguments, heartbeat_interval=heartbeat_seconds, grace_period=grace_seconds
+            ),
+            seconds=5,
+            errors=(DBAPIError,),  # processes that create the tables at the same moment collide; all but one try again
+        )
+    except ImportError:
+        raise UsageError("--storage: PostgreSQL needs psycopg, install lda-reid[postgresql]") from None
+    except DBAPIError as error:
+        reason = str(error.orig).strip().splitlines()[0]
+        raise UsageError(f"--storage {masked(url)}: {reason}") from None
+    return optuna.storages.get_storage(rdb)
+
+
+def patiently(action: Callable[[], T], seconds: float, errors: Sequence[type[BaseException]] = ()) -> T:
+    """Do it, and again with growing pauses while the database is away, for so many seconds at most."""
+    import optuna
+    from sqlalchemy.exc import DBAPIError
+
+    retried = tuple(errors) or (optuna.exceptions.StorageInternalError, DBAPIError)
+    end, pause = time.monotonic() + seconds, 0.1
+    while True:
+        try:
+            return action()
+        except retried:
+            if time.monotonic() + pause > end:
+                raise
+            time.sleep(pause * (0.5 + random.random()))
+            pause = min(2 * pause, 5.0)
+
+
+def create_or_load(storage: BaseStorage, name: str, prepare: Callable[[Study], None]) -> Study:
+    """The study `name`, created and prepared exactly once however many processes ask at the same moment.
+
+    Whoever creates it runs `prepare` and marks it ready; the others wait for the mark. A creator that died in between
+    is replaced after a while: `prepare` must only add what is missing.
+    """
+    import optuna
+
+    try:
+        study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
+    except optuna.exceptions.DuplicatedStudyError:
+        study = optuna.load_study(storage=storage, study_name=name)
+        end = time.monotonic() + 20
+        while "ready" not in study.user_attrs and time.monotonic() < end:
+            time.sleep(0.2)
+    if "ready" not in study.user_attrs:
+        prepare(study)
+        study.set_user_attr("ready", True)
+    return study
+
+
+def study_names(storage: BaseStorage) -> list[str]:
+    """Names of the studies a storage holds."""
+    return sorted(study.study_name for study in storage.get_all_studies())

@@ -1,0 +1,259 @@
+"""One long-lived process per device: take an attempt, run its units, tell the score, again.
+
+Started by the coordinator as `python -m sweeps.worker`. Its stdin carries one line of JSON (`Assignment`) and then
+stays open: when it closes, because the coordinator says stop or is gone, the worker ends its unit and exits. What a
+worker finishes, fails or leaves behind is in the study's storage and folders; it keeps nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import signal
+import statistics
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.trial import Trial
+
+from lda.errors import UsageError
+from lda.tracking import RunLabels
+from lda.trainer import Progress, TrainingError, run_unit
+from sweeps.assignment import EXIT_USAGE, STOP_SECONDS, Assignment
+from sweeps.folders import StudyFolder, WorkerSign, read_json, unit_name
+from sweeps.heartbeat import Heartbeat
+from sweeps.jobs import Job, confirm_study, job_of
+from sweeps.ledger import UNIT, Budget, Kind, Ledger
+from sweeps.space import distributions
+from sweeps.spec import StudySpec, from_dict
+from sweeps.storage import open_storage, patiently
+
+_IDLE_SECONDS = 0.5
+
+
+class Stopped(BaseException):
+    """The coordinator said stop, or is gone. No Exception: nothing below may take it for a failure of the unit."""
+
+
+def build_sampler(spec: StudySpec, study: str, salt: str) -> BaseSampler:
+    """The study's sampler with a seed of this worker's own: equal seeds would open with equal proposals."""
+    seed = int.from_bytes(hashlib.sha256(f"{study} {spec.seed} {salt}".encode()).digest()[:4], "big")
+    if spec.search.sampler == "tpe":
+        return TPESampler(seed=seed)
+    if spec.search.sampler == "gp":
+        return GPSampler(seed=seed)
+    return RandomSampler(seed=seed)  # also for grid, whose points are all enqueued
+
+
+class Worker:
+    """Runs attempts until it is stopped."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self.spec = from_dict(assignment.spec)
+        self.folder = StudyFolder(Path(assignment.folder))
+        self.id = f"{platform.node()}-{assignment.slot}-{uuid.uuid4().hex[:6]}"
+        self.sign = WorkerSign(self.folder, self.id)
+        self.stop = threading.Event()
+        search = self.spec.search
+        self.storage = open_storage(assignment.storage, self.spec.heartbeat_seconds, self.spec.grace_seconds)
+        self.budget = Budget(search.trials, search.retries, search.device_hours, assignment.until)
+        if search.sampler == "grid":
+            self.budget = Budget(0, search.retries)
+        self.search = self._open(assignment.study, self.budget)
+        self.confirm: Ledger | None = None
+        self.distributions = distributions(search.space)
+        self._status: dict[str, Any] = {}
+        self._status_written = 0.0
+
+    def _open(self, name: str, budget: Budget) -> Ledger:
+        sampler = build_sampler(self.spec, self.assignment.study, self.assignment.salt)
+        return Ledger(self.storage, optuna.load_study(study_name=name, storage=self.storage, sampler=sampler), budget)
+
+    def run(self) -> None:
+        """Take attempts until stopped. Raises UsageError when the data or the study cannot be used."""
+        while not self.stop.is_set():
+            taken = self._take()
+            if taken is None:
+                self._say(state="waiting for work")
+                self.stop.wait(_IDLE_SECONDS)
+                continue
+            self._attempt(*taken)
+
+    def _take(self) -> tuple[Ledger, Trial] | None:
+        trial = self._patiently(lambda: self.search.ask(self.distributions, self.id))
+        if trial is not None:
+            return self.search, trial
+        if self.confirm is None and self.spec.confirm.seeds:
+            try:
+                self.confirm = self._open(confirm_study(self.assignment.study), Budget(0, self.spec.search.retries))
+            except KeyError:
+                return None  # the search is not over
+        if self.confirm is None:
+            return None
+        confirm = self.confirm
+        trial = self._patiently(lambda: confirm.ask({}, self.id))
+        return None if trial is None else (confirm, trial)
+
+    def _patiently(self, action: Callable[[], Any]) -> Any:
+        return patiently(action, self.spec.grace_seconds)
+
+    def _attempt(self, ledger: Ledger, trial: Trial) -> None:
+        job = job_of(self.spec, trial)
+        beat = ledger.heartbeat(trial.number)
+        limit = self.spec.grace_seconds - self.spec.heartbeat_seconds
+        heart = Heartbeat(beat or (lambda: None), self.spec.heartbeat_seconds, limit)
+        self._event(f"{_title(job)} started{_settings(job)}")
+        with heart:
+            self._guarded(ledger, trial, job, heart)
+
+    def _guarded(self, ledger: Ledger, trial: Trial, job: Job, heart: Heartbeat) -> None:
+        """Run the attempt; whatever happens, the storage learns how it ended."""
+        try:
+            score = self._units(trial, job, heart)
+            heart.check()
+            self._patiently(lambda: ledger.study.tell(trial, score, skip_if_finished=True))
+            self._event(f"{_title(job)} complete: score {score:.1%}")
+        except Stopped:
+            self._fail(ledger, trial, job, "interrupted", "stopped by the user")
+        except TrainingError as error:
+            self._fail(ledger, trial, job, "final", str(error))
+        except UsageError as error:
+            self._fail(ledger, trial, job, "interrupted", str(error))
+            raise
+        except Exception as error:
+            # Anything else, a bug included: counted, told, tried again in a fresh process (a GPU may be in any state).
+            traceback.print_exc()
+            self._fail(ledger, trial, job, "error", f"{type(error).__name__}: {error}".strip().splitlines()[0])
+            raise SystemExit(1) from None
+
+    def _fail(self, ledger: Ledger, trial: Trial, job: Job, kind: Kind, reason: str) -> None:
+        self._event(f"{_title(job)} {'interrupted' if kind == 'interrupted' else 'failed'}: {reason}")
+        self._patiently(lambda: ledger.release(trial.number, kind, reason))
+
+    def _units(self, trial: Trial, job: Job, heart: Heartbeat) -> float:
+        """Run the job's units in the study's order. Returns its score: the mean of their selection scores."""
+        return statistics.fmean(self._unit(trial, job, target, heart) for target in self.spec.targets)
+
+    def _unit(self, trial: Trial, job: Job, target: str, heart: Heartbeat) -> float:
+        config = self.spec.config(target, job.seed, job.changes).replace(threads=self.assignment.threads)
+        unit = config.unit_hash(self.assignment.data_hash[target])
+        recorded = trial.user_attrs.get(UNIT + target)
+        if recorded is not None and recorded["unit"] == unit:  # by an earlier attempt, maybe on another machine
+            return float(recorded["score"])
+        self._say(state="running", trial=job.trial, target=target, seed=job.seed, epoch=0, epochs=config.epochs)
+
+        def on_progress(progress: Progress) -> None:
+            heart.check()
+            if self.stop.is_set():
+                raise Stopped
+            self._say(epoch=progress.epoch, images_per_second=progress.images_per_second)
+            if progress.score is not None:
+                self._say(score=progress.score)
+
+        folder = self.folder.unit(job.trial, target, job.seed)
+        result = self._finished_elsewhere(folder, unit) or run_unit(
+            config,
+            folder,
+            data_root=Path(self.assignment.data_root),
+            labels=self._labels(job, target),
+            on_progress=on_progress,
+        )
+        heart.check()
+        row = _recorded(result)
+        self._patiently(lambda: trial.set_user_attr(UNIT + target, row))
+        looked_at = "" if result["selection"]["rule"] == "oracle" else ", not used"
+        self._event(
+            f"{_title(job)} {target} done in {result['seconds']:.0f} s: selection score {row['score']:.1%} "
+            f"(target mAP {row['mAP']:.1%}, Rank-1 {row['rank1']:.1%}{looked_at})"
+        )
+        return float(row["score"])
+
+    def _finished_elsewhere(self, folder: Path, unit: str) -> dict[str, Any] | None:
+        """The result of the same unit in another trial of this study; its folder then stands here as a link."""
+        if folder.exists():
+            return None
+        other = self.folder.finished_unit(unit)
+        if other is None:
+            return None
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.symlink_to(os.path.relpath(other, folder.parent), target_is_directory=True)
+        self._event(f"{folder.parent.name} {folder.name} is {other.parent.name}'s, run before")
+        return read_json(other / "result.json")
+
+    def _labels(self, job: Job, target: str) -> RunLabels:
+        data = "stand-in" if self.assignment.data_hash[target] else "real"
+        return RunLabels(
+            group=f"{self.assignment.study}/{job.trial}",
+            job_type=job.job_type,
+            name=f"t{job.trial.removeprefix('trial-')}-{unit_name(target, job.seed)}",
+            tags=(data, self.assignment.study, target),
+            folder=self.folder.path,
+        )
+
+    def _event(self, text: str) -> None:
+        self.folder.event(text, self.id)
+
+    def _say(self, **status: Any) -> None:
+        """Tell the display; at most once a second, and at once when the state changes."""
+        changed = "state" in status and status != {k: self._status.get(k) for k in status}
+        self._status = status if changed else {**self._status, **status}
+        if changed or time.monotonic() - self._status_written > 1.0:
+            self._status_written = time.monotonic()
+            device = os.environ.get("CUDA_VISIBLE_DEVICES") or "cpu"
+            self.sign.write({"worker": self.id, "device": device, "time": time.time(), **self._status})
+
+
+def _recorded(result: dict[str, Any]) -> dict[str, Any]:
+    """What the storage keeps of a finished unit, enough to go on without its folder."""
+    kept = {key: result[key] for key in ("unit", "mAP", "rank1", "seconds")}
+    return {**kept, "score": result["selection"]["score"], "host": platform.node()}
+
+
+def _title(job: Job) -> str:
+    return f"{job.trial} seed {job.seed}" if job.confirms else job.trial
+
+
+def _settings(job: Job) -> str:
+    if job.confirms:
+        return " to confirm"
+    values = (
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in job.changes.items()
+    )
+    return f" ({'defaults: ' if job.origin == 'default' else ''}{', '.join(values)})"
+
+
+def _watch_stdin(stop: threading.Event) -> None:
+    """When stdin ends, ask the unit to stop, and make sure of it."""
+    sys.stdin.buffer.read()
+    stop.set()
+    time.sleep(STOP_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> int:
+    """Entry point of the process. Exits with 0 stopped, 1 failed, 2 data or study cannot be used, 75 fenced."""
+    assignment = Assignment.receive(sys.stdin.buffer)
+    worker = Worker(assignment)
+    threading.Thread(target=_watch_stdin, args=(worker.stop,), daemon=True).start()
+    try:
+        worker.run()
+    except UsageError as error:
+        worker.folder.event(f"error: {error}", worker.id)
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    worker.sign.remove()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
