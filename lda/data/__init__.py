@@ -1,0 +1,85 @@
+"""Reading the person re-identification data sets: lists of images, sources and targets, batches.
+
+`load_dataset` gives one data set as its release divides it; `lda.data.sources.build_task` joins several into what one
+run of a protocol trains and is tested on.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+from lda.data import cuhk02, cuhk03, cuhk_sysu, market1501, msmt17
+from lda.data.records import ImageRecord, ReidDataset
+from lda.data.tree import Severity, Survey
+from lda.errors import UsageError, unknown
+
+__all__ = ["ImageRecord", "ReidDataset", "load_dataset", "survey_dataset"]
+
+CUHK03_BOXES = ("labeled", "detected")
+MSMT17_TRAIN = ("train", "train+val")
+
+_READERS = {
+    "market1501": lambda survey, boxes, train_list: market1501.read(survey),
+    "msmt17": lambda survey, boxes, train_list: msmt17.read(survey, train_list),
+    "cuhk_sysu": lambda survey, boxes, train_list: cuhk_sysu.read(survey),
+    "cuhk02": lambda survey, boxes, train_list: cuhk02.read(survey),
+    "cuhk03": lambda survey, boxes, train_list: cuhk03.read(survey, boxes),
+}
+
+_log = logging.getLogger(__name__)
+
+
+def load_dataset(
+    name: str,
+    root: Path | str,
+    *,
+    cuhk03_boxes: str = "labeled",
+    msmt17_train: str = "train",
+    strict: bool = True,
+) -> ReidDataset:
+    """Read one data set.
+
+    Args:
+        name: market1501, msmt17, cuhk_sysu, cuhk02 or cuhk03.
+        root: the folder that holds the data set's folder, or that folder itself; see each module for its layouts.
+        cuhk03_boxes: "labeled" or "detected" crops of CUHK03.
+        msmt17_train: "train" (list_train) or "train+val" (both lists) of MSMT17.
+        strict: counts must equal the published ones (or STANDIN.json's), names must fit; False only warns.
+
+    Raises:
+        UsageError: with everything that is wrong, in one line.
+    """
+    dataset, survey = survey_dataset(name, root, cuhk03_boxes=cuhk03_boxes, msmt17_train=msmt17_train)
+    refused = survey.refused(strict)
+    if refused or dataset is None:
+        raise UsageError("; ".join(finding.text for finding in refused))
+    told = [finding.text for finding in survey.findings if finding.severity >= Severity.WARNING]
+    if told:
+        warnings.warn("; ".join(told), stacklevel=2)
+    for finding in survey.findings:
+        _log.info("%s: %s", survey.title, finding.text)
+    return dataset
+
+
+def survey_dataset(
+    name: str, root: Path | str, *, cuhk03_boxes: str = "labeled", msmt17_train: str = "train"
+) -> tuple[ReidDataset | None, Survey]:
+    """Read one data set as far as possible, with everything that was found; the doctor's view of `load_dataset`."""
+    if name not in _READERS:
+        raise UsageError(unknown("data set", name, _READERS))
+    if cuhk03_boxes not in CUHK03_BOXES:
+        raise UsageError(f"cuhk03_boxes: {unknown('value', cuhk03_boxes, CUHK03_BOXES)}")
+    if msmt17_train not in MSMT17_TRAIN:
+        raise UsageError(f"msmt17_train: {unknown('value', msmt17_train, MSMT17_TRAIN)}")
+    survey = Survey(name, Path(root).expanduser().absolute())
+    try:
+        dataset = _READERS[name](survey, cuhk03_boxes, msmt17_train)
+    except UsageError as error:
+        survey.error(str(error))
+        dataset = None
+    except OSError as error:  # unreadable folder, a loop of links
+        survey.error(f"{survey.title}: cannot read {error.filename}: {error.strerror}")
+        dataset = None
+    return dataset, survey

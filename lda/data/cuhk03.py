@@ -1,0 +1,196 @@
+"""CUHK03 with the new protocol, on labeled (hand-drawn) or detected boxes.
+
+References: Li et al., "DeepReID: Deep Filter Pairing Neural Network for Person Re-identification", CVPR 2014 (images);
+Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017 (new protocol).
+
+Counts: 767 ids (train), 700 ids (query and gallery), seen by two views in each of five camera pairs;
+labeled 7,368 + 1,400 + 5,328 images, detected 7,365 + 1,400 + 5,332. Papers do not agree on the boxes: META and ACL
+report labeled, M3L and BAU detected; `boxes` chooses and is printed with every result.
+
+Layouts (the first that is there):
+    folders   `cuhk03-np/{labeled,detected}/{bounding_box_train,query,bounding_box_test}/0001_c1_1.png`: person, view
+    images    `cuhk03/images_{labeled,detected}/1_001_1_01.png` (pair, person, view, image) as torchreid unpacks them,
+              with `splits_new_*.json` (base names are taken, paths may be stale) or the new protocol's .mat file
+    raw       `cuhk03/cuhk03_release/cuhk-03.mat` (MATLAB 7.3) with `cuhk03_new_protocol_config_{labeled,detected}.mat`;
+              images are unpacked once into the cache directory
+The camera is the view, 0 or 1, as in every evaluation: one person is seen by one pair only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lda.data.cache import cache_dir
+from lda.data.records import ImageRecord, ReidDataset
+from lda.data.tree import Count, Grammar, Layout, Survey, listing, quoted
+from lda.errors import UsageError
+
+PUBLISHED = {
+    "labeled": {"train": Count(767, 7368, 2), "query": Count(700, 1400, 2), "gallery": Count(700, 5328, 2)},
+    "detected": {"train": Count(767, 7365, 2), "query": Count(700, 1400, 2), "gallery": Count(700, 5332, 2)},
+}
+
+RELEASE_MD5 = "728939e58ad9f0ff53e521857dd8fb43"  # of cuhk03_release.zip (open-reid)
+
+_FOLDER_NAME = Grammar(r"(?P<pid>\d+)_c(?P<camera>\d+)_\d+", extension=".png", example="0001_c1_1.png")
+_IMAGE_NAME = Grammar(
+    r"(?P<pair>[1-5])_(?P<person>\d{3})_(?P<view>[12])_\d{2}", extension=".png", example="1_001_1_01.png"
+)
+
+_Lists = dict[str, list[tuple[str, int]]]  # part -> (base name, pid)
+
+
+def read(survey: Survey, boxes: str = "labeled") -> ReidDataset | None:
+    """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`.
+
+    `boxes`: "labeled" or "detected". Only the files of the chosen boxes are needed.
+    """
+    protocol, splits = f"cuhk03_new_protocol_config_{boxes}.mat", f"splits_new_{boxes}.json"
+    places = ("cuhk03", "cuhk03_new")
+    folders = Layout(
+        name="folders",
+        folders=tuple(f"{name}/{boxes}" for name in ("cuhk03-np", "cuhk03_np", "cuhknp", "cuhk03")),
+        parts=("bounding_box_train", "query", "bounding_box_test"),
+        grammar=_FOLDER_NAME,
+        images="bounding_box_train",
+    )
+    with_json = Layout("images", places, (f"images_{boxes}", splits))
+    with_mat = Layout("images", places, (f"images_{boxes}", protocol))
+    raw = Layout("raw", places, ("cuhk03_release/cuhk-03.mat", protocol))
+    raw_together = Layout("raw", tuple(f"{name}/cuhk03_release" for name in places), ("cuhk-03.mat", protocol))
+    found = survey.locate(folders, with_mat, with_json, raw, raw_together)
+    if found is None:
+        return None
+    if found.layout is folders:
+        parts = {
+            part: survey.records(found.part(folder), _FOLDER_NAME, cameras=2)
+            for part, folder in zip(("train", "query", "gallery"), folders.parts, strict=True)
+        }
+    else:
+        use_json = found.layout is with_json
+        lists = _json_lists(found.part(splits)) if use_json else _protocol_lists(found.part(protocol))
+        is_raw = found.layout.name == "raw"
+        images = _unpacked(found.part(found.layout.parts[0]), boxes) if is_raw else found.part(f"images_{boxes}")
+        parts = _listed(survey, images, lists)
+    for part, records in parts.items():
+        # The stand-in counts both kinds of boxes under their own names.
+        survey.check_count(part, records, PUBLISHED[boxes][part], marker_part=f"{boxes}/{part}")
+    survey.check_queries(parts["query"], parts["gallery"])
+    return survey.dataset(boxes, parts["train"], parts["query"], parts["gallery"])
+
+
+def _listed(survey: Survey, images: Path, lists: _Lists) -> dict[str, list[ImageRecord]]:
+    """Records of the listed images; names that do not fit or are not on disk become strict findings."""
+    present = set(listing(images)[0])
+    parts: dict[str, list[ImageRecord]] = {}
+    for part, named in lists.items():
+        bad = [name for name, _ in named if not _IMAGE_NAME.match(name)]
+        if bad:
+            survey.strict(f"{images}: {len(bad)} listed name(s) do not look like {_IMAGE_NAME.example}: {quoted(bad)}")
+        absent = [name for name, _ in named if name not in present]
+        if absent:
+            survey.strict(f"{images}: {len(absent)} image(s) of {part} are not there: {quoted(absent)}; unpack again")
+        parts[part] = [
+            ImageRecord(images / name, pid, int(match["view"]) - 1)
+            for name, pid in sorted(named)
+            if name in present and (match := _IMAGE_NAME.match(name))
+        ]
+    return parts
+
+
+def _json_lists(path: Path) -> _Lists:
+    """torchreid's split file. Its paths are absolute and may be stale, its training ids are relabelled: names count."""
+    try:
+        split = json.loads(path.read_text(encoding="utf-8"))[0]
+        names = {
+            part: [str(item[0]).replace("\\", "/").rpartition("/")[2] for item in split[part]]
+            for part in ("train", "query", "gallery")
+        }
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{path}: not a CUHK03 split file ({type(error).__name__}: {error}); delete it") from None
+    return {part: [(name, _pid(name)) for name in listed] for part, listed in names.items()}
+
+
+def _pid(name: str) -> int:
+    match = _IMAGE_NAME.match(name)
+    return int(match["pair"]) * 1000 + int(match["person"]) if match else 0
+
+
+def _protocol_lists(path: Path) -> _Lists:
+    """The lists of a new-protocol file (MATLAB 5): 1-based positions in `filelist`, person numbers in `labels`."""
+    content = load_mat(path)
+    try:
+        names = [str(np.ravel(cell)[0]) for cell in np.ravel(content["filelist"])]
+        pids = np.ravel(content["labels"]).astype(int)
+        rows = {part: np.ravel(content[f"{part}_idx"]).astype(int) - 1 for part in ("train", "query", "gallery")}
+        return {part: [(names[row], int(pids[row])) for row in index] for part, index in rows.items()}
+    except (LookupError, ValueError) as error:
+        raise UsageError(f"{path}: not a CUHK03 new-protocol file ({type(error).__name__}: {error})") from None
+
+
+def load_mat(path: Path) -> dict[str, Any]:
+    """A MATLAB 5 file. Raises UsageError if it is something else, such as a saved web page or a Git LFS pointer."""
+    with path.open("rb") as file:
+        head = file.read(32)
+    if not head.startswith(b"MATLAB 5.0"):
+        raise UsageError(f"{path}: not a MAT file, its first bytes are {head[:24]!r}; download it again")
+    from scipy.io import loadmat  # here because it takes a while to import and few data sets need it
+
+    try:
+        content: dict[str, Any] = loadmat(path)
+    except Exception as error:  # scipy raises many types for a damaged file
+        raise UsageError(f"{path}: damaged MAT file ({error}); download it again") from error
+    return content
+
+
+def _unpacked(mat: Path, boxes: str) -> Path:
+    """Folder of the PNG images of cuhk-03.mat, written on first use. Raises UsageError if the file is damaged."""
+    stat = mat.stat()
+    key = hashlib.sha256(f"{mat.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_dir() / "cuhk03" / key / f"images_{boxes}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        for name, image in _mat_images(mat, boxes):
+            Image.fromarray(image).save(partial / name)
+        os.replace(partial, folder)  # the folder appears only when it is whole
+    except OSError:
+        if not folder.is_dir():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _mat_images(mat: Path, boxes: str) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """(name, (H, W, 3) uint8) of every image: per camera pair a table of 10 x persons, rows 1-5 view 1, 6-10 view 2."""
+    try:
+        import h5py
+    except ImportError:
+        raise UsageError(f"{mat}: reading it needs h5py: pip install h5py") from None
+    try:
+        with h5py.File(mat, "r") as file:
+            for pair, pair_reference in enumerate(np.ravel(file[boxes]), start=1):
+                for person, row in enumerate(np.asarray(file[pair_reference]).T, start=1):
+                    for column, reference in enumerate(row):
+                        image = np.asarray(file[reference])
+                        if image.ndim == 3:  # an empty cell is an array of two zeros
+                            name = f"{pair}_{person:03d}_{column // 5 + 1}_{column + 1:02d}.png"
+                            yield name, np.ascontiguousarray(image.transpose(2, 1, 0))
+    except (OSError, KeyError) as error:
+        raise UsageError(
+            f"{mat}: cannot be read as cuhk-03.mat ({error}); it is truncated or another file, "
+            f"unpack cuhk03_release.zip (md5 {RELEASE_MD5}) again"
+        ) from None

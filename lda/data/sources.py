@@ -1,0 +1,226 @@
+"""What one run of a protocol needs: the source domains that train, the identities held out of them, the target.
+
+Identities are keyed by (data set, part, pid), so that equal numbers of different people never meet (MSMT17 numbers
+training and test persons from 0; CUHK02 and CUHK03 may even show the same people, but not knowingly). Labels are the
+positions of the sorted keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lda.data import load_dataset
+from lda.data.records import ImageRecord, ReidDataset
+from lda.errors import UsageError
+from lda.protocols import DATASETS, WITHOUT_CAMERAS, SourcePart, get_protocol
+
+MIN_HELD_OUT = 2  # with a single identity every ranking is perfect
+
+_Identity = tuple[str, int]  # (part, pid); "test" is query and gallery
+_Identities = dict[_Identity, list[ImageRecord]]
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A query and a gallery to rank.
+
+    Attributes:
+        name: the data set.
+        query, gallery: pids are unique within this set.
+        camera_rule: ignore gallery images of the query's person that share its camera; False where cameras are unknown.
+    """
+
+    name: str
+    query: tuple[ImageRecord, ...]
+    gallery: tuple[ImageRecord, ...]
+    camera_rule: bool = True
+
+
+@dataclass(frozen=True)
+class SourceDomain:
+    """One source domain's training images.
+
+    Attributes:
+        name: the data set.
+        records: N images, sorted by path.
+        labels: (N,) int64, identity of each image, 0 to num_ids - 1 without gaps.
+        num_ids: number of identities.
+    """
+
+    name: str
+    records: tuple[ImageRecord, ...]
+    labels: NDArray[np.int64]
+    num_ids: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything one run reads.
+
+    Attributes:
+        protocol, target: names.
+        sources: the domains that train, in the protocol's order: position = domain index.
+        validation: held-out identities, one set per source; empty if validation_fraction is 0.
+        test: the target's query and gallery.
+        standin: True if any of the data is generated.
+        data_hash: content hash of the stand-in, "" for real data.
+        versions: data set -> release or crops used.
+    """
+
+    protocol: str
+    target: str
+    sources: tuple[SourceDomain, ...]
+    validation: tuple[EvaluationSet, ...]
+    test: EvaluationSet
+    standin: bool
+    data_hash: str
+    versions: dict[str, str]
+
+
+def build_task(
+    protocol: str,
+    target: str,
+    data_root: Path,
+    *,
+    validation_fraction: float = 0.0,
+    cuhk03_boxes: str = "labeled",
+    msmt17_train: str = "train",
+    strict: bool = True,
+) -> Task:
+    """Read the data sets of one row of a protocol and divide them.
+
+    Protocols whose source part is "all" join a source's train, query and gallery (without distractors), and for MSMT17
+    always both training lists, since that is what "all" means; `msmt17_train` then has nothing to choose.
+
+    Args:
+        protocol, target: names, see `lda.protocols`.
+        data_root: folder that holds the data sets.
+        validation_fraction: share of each source's identities held out of training, at least 2 where it is above 0.
+        cuhk03_boxes, msmt17_train, strict: see `lda.data.load_dataset`.
+
+    Raises:
+        UsageError: for unknown names, and for everything that is missing or wrong in any of the data sets, at once.
+    """
+    rules = get_protocol(protocol)
+    names = rules.sources(target)
+    options = {"cuhk03_boxes": cuhk03_boxes, "strict": strict}
+    everything = {"msmt17_train": "train+val" if rules.source_part == "all" else msmt17_train}
+    datasets = _load((*names, target), data_root, {**options, **everything})
+    sources, validation = [], []
+    for name in names:
+        identities = _identities(datasets[name], rules.source_part)
+        if validation_fraction > 0:
+            held_out = _held_out(name, identities, validation_fraction)
+            validation.append(_validation_set(name, [identities.pop(identity) for identity in held_out]))
+        sources.append(_source(name, identities))
+    hashes = sorted({dataset.data_hash for dataset in datasets.values()} - {""})
+    return Task(
+        protocol=protocol,
+        target=target,
+        sources=tuple(sources),
+        validation=tuple(validation),
+        test=_test_set(datasets[target]),
+        standin=any(dataset.standin for dataset in datasets.values()),
+        data_hash="+".join(hashes),
+        versions={name: dataset.version for name, dataset in datasets.items()},
+    )
+
+
+def evaluation_set(
+    target: str, data_root: Path, *, cuhk03_boxes: str = "labeled", strict: bool = True
+) -> EvaluationSet:
+    """A target's query and gallery alone. Raises UsageError if they cannot be read or the set has none."""
+    return _test_set(load_dataset(target, data_root, cuhk03_boxes=cuhk03_boxes, strict=strict))
+
+
+def _load(names: Iterable[str], data_root: Path, options: Mapping[str, Any]) -> dict[str, ReidDataset]:
+    """Every data set once. Raises one UsageError with what is wrong in all of them."""
+    if not Path(data_root).is_dir():
+        raise UsageError(f"data root {data_root} does not exist or is not a folder")
+    datasets, wrong = {}, []
+    for name in dict.fromkeys(names):
+        try:
+            datasets[name] = load_dataset(name, data_root, **options)
+        except UsageError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UsageError("; ".join(wrong))
+    return datasets
+
+
+def _test_set(dataset: ReidDataset) -> EvaluationSet:
+    if not dataset.query or not dataset.gallery:
+        raise UsageError(f"{DATASETS[dataset.name]} has no query and gallery: it is only trained on")
+    return EvaluationSet(dataset.name, dataset.query, dataset.gallery)
+
+
+def _identities(dataset: ReidDataset, part: SourcePart) -> _Identities:
+    """Identity -> its images, in sorted order; distractors left out."""
+    identities: _Identities = {}
+    for record in dataset.train:
+        identities.setdefault(("train", record.pid), []).append(record)
+    if part == "all":
+        for record in (*dataset.query, *dataset.gallery):
+            if record.pid not in dataset.distractor_pids:
+                identities.setdefault(("test", record.pid), []).append(record)
+    return {key: sorted(identities[key], key=lambda record: record.path) for key in sorted(identities)}
+
+
+def _source(name: str, identities: _Identities) -> SourceDomain:
+    labelled = [(record, label) for label, images in enumerate(identities.values()) for record in images]
+    labelled.sort(key=lambda pair: pair[0].path)
+    labels = np.array([label for _, label in labelled], dtype=np.int64)
+    return SourceDomain(name, tuple(record for record, _ in labelled), labels, len(identities))
+
+
+def _held_out(name: str, identities: _Identities, fraction: float) -> list[_Identity]:
+    """The identities held out of one source, among those that can be evaluated.
+
+    They are the first in the order of SHA-256("name/part/pid"): the same for every run, seed and library version, and
+    a larger fraction keeps the ones of a smaller. Raises UsageError if fewer than two can be evaluated.
+    """
+    cameras = name not in WITHOUT_CAMERAS
+    able = [key for key, images in identities.items() if len({r.camid if cameras else r.path for r in images}) >= 2]
+    if len(able) < MIN_HELD_OUT or len(identities) <= MIN_HELD_OUT:
+        where = "images in two cameras" if cameras else "two images"
+        raise UsageError(
+            f"{DATASETS[name]}: source validation needs {MIN_HELD_OUT} identities with {where} and others to train, "
+            f"got {len(able)} of {len(identities)}; set validation_fraction to 0"
+        )
+    able.sort(key=lambda key: hashlib.sha256(f"{name}/{key[0]}/{key[1]}".encode()).digest())
+    return sorted(able[: max(MIN_HELD_OUT, round(fraction * len(identities)))])
+
+
+def _validation_set(name: str, identities: Sequence[Sequence[ImageRecord]]) -> EvaluationSet:
+    """Held-out identities as query and gallery, pids renumbered from 0.
+
+    One query per person and camera (the first image by name) as far as every query keeps a match in another camera;
+    one query per person where cameras are unknown. All other images are the gallery.
+    """
+    camera_rule = name not in WITHOUT_CAMERAS
+    query: list[ImageRecord] = []
+    gallery: list[ImageRecord] = []
+    for pid, images in enumerate(identities):
+        renumbered = [replace(record, pid=pid) for record in images]
+        asked = _queries(renumbered) if camera_rule else renumbered[:1]
+        query += asked
+        gallery += [record for record in renumbered if record not in asked]
+    return EvaluationSet(name, tuple(query), tuple(gallery), camera_rule)
+
+
+def _queries(images: Sequence[ImageRecord]) -> list[ImageRecord]:
+    """One image per camera, skipping a camera where its query would leave one of the queries without a match."""
+    queries: list[ImageRecord] = []
+    for camid in sorted({record.camid for record in images}):
+        trial = [*queries, next(record for record in images if record.camid == camid)]
+        rest = [record.camid for record in images if record not in trial]
+        if all(any(camid != asked.camid for camid in rest) for asked in trial):
+            queries = trial
+    return queries
