@@ -83,7 +83,7 @@ class Trainer:
         self.step = 0
         self.method = build_method(config, [source.num_ids for source in task.sources]).to(device).train()
         if device.type == "cuda":
-            self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.method.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(config, self.method)
         packed = [pack(s.records, config.image_height, config.image_width, cache_dir()) for s in task.sources]
         augment = Augment(
@@ -117,7 +117,7 @@ class Trainer:
             losses = self.method.training_losses(on_device, self.step)
         scalars = self._checked(losses, batch)
         self.optimizer.zero_grad(set_to_none=True)
-        losses["loss/total"].backward()
+        losses["loss/total"].backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.step += 1
         return {**scalars, "lr": rate}
