@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from lda.errors import UsageError
 from lda.normalisation import BufferBank, BufferBankNorm2d, Expert, Switch
 
-_SMALL_WIDTHS = (32, 64, 128, 256)
+_SMALL_WIDTHS = (24, 48, 96, 192)
 
 
 class Backbone(nn.Module):

@@ -181,7 +181,7 @@ def test_every_switch_trains_and_embeds(changes: dict[str, Any]) -> None:
     assert missing == 0
     assert all(torch.isfinite(g).all() for g in grads)
     features = method.eval()(batch(0).images)
-    assert features.shape == (8, 256)
+    assert features.shape == (8, 192)
     assert torch.isfinite(features).all()
 
 

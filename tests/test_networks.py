@@ -28,7 +28,7 @@ def converted(name: str = "small", recompute: bool = False) -> Backbone:
 
 @pytest.mark.parametrize(
     ("name", "shape", "sites"),
-    [("small", (256, 8, 4), 12), ("resnet18", (512, 4, 2), 20), ("resnet50", (2048, 4, 2), 53)],
+    [("small", (192, 8, 4), 12), ("resnet18", (512, 4, 2), 20), ("resnet50", (2048, 4, 2), 53)],
 )
 def test_map_shape_and_conversion(name: str, shape: tuple[int, ...], sites: int, images: Tensor) -> None:
     """Last stride 1 keeps twice the map; every one of ResNet-50's 53 layers gets a bank; no parameter is added."""
