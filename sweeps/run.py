@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--storage",
         metavar="URL",
-        help=f"postgresql://..., journal[:PATH] or sqlite:///...; also {VARIABLE}. Default: sqlite in the study's folder",
+        help=f"postgresql://..., journal[:PATH] or sqlite:///..., or {VARIABLE}; without, sqlite in the study's folder",
     )
     parser.add_argument("--join", action="store_true", help="add this machine's workers to a study that runs elsewhere")
     return parser
@@ -159,7 +159,7 @@ def _description(name: str, spec: StudySpec, given: argparse.Namespace, folder: 
         f"search     {search.trials} trials by {search.sampler}, seed {spec.seed}; trial 0 is the defaults",
         *(f"           {key}: {_axis(spec, key)}" for key in search.space),
         *(f"fixed      {pair}" for pair in given.set),
-        f"confirm    {confirmed} runs: baseline, defaults and top {spec.confirm.top} on seeds {list(spec.confirm_seeds)}",
+        f"confirm    {confirmed} runs: baseline, defaults, top {spec.confirm.top}; seeds {list(spec.confirm_seeds)}",
         f"units      {(search.trials + confirmed) * len(spec.targets)} (one per target)",
         f"cost       {spec.cost}",
         f"folder     {folder}",

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lda.config import FIELDS, check_key, from_mapping
+from lda.config import FIELDS, from_mapping
 from lda.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ Space = Mapping[str, Axis]
 
 def checked_axis(key: str, axis: Axis) -> Axis:
     """`axis` with its values in the setting's type. Raises UsageError that starts with the key at fault."""
-    check_key(key)
+    if key not in FIELDS:
+        raise UsageError(f"{key}: {unknown('setting', key, FIELDS)}")
     kind = type(FIELDS[key].default)
     if key in _FIXED_BY_STUDY or not FIELDS[key].metadata["identity"] or kind is tuple:
         raise UsageError(f"{key}: this setting cannot be swept")
@@ -88,7 +89,7 @@ def checked_point(space: Space, point: Mapping[str, Any]) -> Point:
     """`point` in the settings' types. Raises UsageError when a key is not swept or a value lies off its axis."""
     for key in point:
         if key not in space:
-            raise UsageError(unknown("swept setting", key, space))
+            raise UsageError(f"{key}: {unknown('swept setting', key, space)}")
     return {key: _on_axis(key, space[key], value) for key, value in point.items()}
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 VARIABLE = "LDA_STORAGE"
+_CREATION_SECONDS = 20.0  # a few dozen inserts; a creator that takes longer is dead
+_COLLISIONS = 9
 _JOURNAL = "journal:"
 _SCHEMES = ("sqlite", "postgresql", "journal")
 
@@ -83,12 +85,10 @@ def open_storage(url: str, heartbeat_seconds: int, grace_seconds: int) -> BaseSt
         limits = {"connect_timeout": 10, "tcp_user_timeout": 1000 * max(1, grace_seconds // 2)}
         arguments = {"pool_pre_ping": True, "pool_size": 2, "connect_args": limits}
     try:
-        rdb = patiently(
+        rdb = _created_by_one(
             lambda: optuna.storages.RDBStorage(
                 url, engine_kwargs=arguments, heartbeat_interval=heartbeat_seconds, grace_period=grace_seconds
-            ),
-            seconds=5,
-            errors=(DBAPIError,),  # processes that create the tables at the same moment collide; all but one try again
+            )
         )
     except ImportError:
         raise UsageError("--storage: PostgreSQL needs psycopg, install lda-reid[postgresql]") from None
@@ -96,6 +96,20 @@ def open_storage(url: str, heartbeat_seconds: int, grace_seconds: int) -> BaseSt
         reason = str(error.orig).strip().splitlines()[0]
         raise UsageError(f"--storage {masked(url)}: {reason}") from None
     return optuna.storages.get_storage(rdb)
+
+
+def _created_by_one(open_tables: Callable[[], T]) -> T:
+    """Open, and again when another process is creating the same tables at this moment: all but one collide."""
+    from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
+
+    for _ in range(_COLLISIONS):
+        try:
+            return open_tables()
+        except DBAPIError as error:
+            if not isinstance(error, (IntegrityError, ProgrammingError)) and "already exists" not in str(error):
+                raise
+            time.sleep(random.random())
+    return open_tables()
 
 
 def patiently(action: Callable[[], T], seconds: float, errors: Sequence[type[BaseException]] = ()) -> T:
@@ -127,7 +141,7 @@ def create_or_load(storage: BaseStorage, name: str, prepare: Callable[[Study], N
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(storage=storage, study_name=name)
-        end = time.monotonic() + 20
+        end = time.monotonic() + _CREATION_SECONDS
         while "ready" not in study.user_attrs and time.monotonic() < end:
             time.sleep(0.2)
     if "ready" not in study.user_attrs:

@@ -1,0 +1,158 @@
+"""The work list: nothing is started twice, lost attempts come back, failures are counted, budgets hold."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from sweeps.ledger import UNIT, Budget, Ledger, fault
+from sweeps.space import Axis, distributions
+from sweeps.storage import create_or_load, open_storage, storage_url
+
+SPACE = distributions({"bank_momentum": Axis(low=0.5, high=0.99)})
+
+
+@pytest.fixture(params=["sqlite", "journal"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return storage_url("journal" if request.param == "journal" else None, tmp_path)
+
+
+def ledger(url: str, trials: int = 3, **options: Any) -> Ledger:
+    storage = open_storage(url, 1, 3)
+    study = create_or_load(storage, "s", lambda study: None)
+    study.sampler = optuna.samplers.RandomSampler(seed=0)
+    return Ledger(storage, study, Budget(trials=trials, **{"retries": 2, **options}))
+
+
+def test_budget_and_first_points(url: str) -> None:
+    work = ledger(url)
+    work.enqueue("defaults", {"bank_momentum": 0.9})
+    work.enqueue("defaults", {"bank_momentum": 0.9})
+    found = []
+    while (trial := work.ask(SPACE, "w")) is not None:
+        assert not work.finished()
+        work.study.tell(trial, trial.params["bank_momentum"])
+        found.append(trial.params["bank_momentum"])
+    assert found[0] == 0.9
+    assert len(set(found)) == 3
+    assert work.finished()
+    assert not ledger(url, trials=4).finished()  # the budget may grow
+
+
+def test_a_lost_attempt_comes_back_first_with_its_parameters_and_finished_units(url: str) -> None:
+    work = ledger(url)
+    trial = work.ask(SPACE, "dead")
+    assert trial is not None
+    trial.set_user_attr(f"{UNIT}cuhk03", {"unit": "abc", "score": 0.5, "seconds": 7.0})
+    assert work.release_worker("someone else", "lost", "gone") == []
+    assert work.release_worker("dead", "lost", "gone") == [0]
+    assert [entry.number for entry in work.requeue()] == [0]
+    work.requeue()
+    again = work.ask(SPACE, "alive")
+    assert again is not None
+    assert (again.number, again.params) == (1, trial.params)
+    (entry,) = work.entries()
+    assert (entry.number, entry.failures) == (0, 1)
+    assert entry.units["cuhk03"]["unit"] == "abc"
+    assert fault(entry.attempts[0]) == ("lost", "gone")
+    work.study.tell(again, 0.5)
+    assert len(work.entries()) == 1  # one configuration, however many attempts
+
+
+@pytest.mark.parametrize(("kind", "attempts"), [("error", 3), ("lost", 3), ("final", 1), ("interrupted", 6)])
+def test_retries_are_counted_by_kind(url: str, kind: Any, attempts: int) -> None:
+    work = ledger(url, trials=1)
+    for _ in range(6):
+        trial = work.ask(SPACE, "w")
+        if trial is None:
+            break
+        work.release(trial.number, kind, "reason")
+        work.requeue()
+    assert len(work.trials()) == attempts + (kind == "interrupted")
+    assert work.finished() == (kind != "interrupted")
+    assert all(t.state != TrialState.RUNNING for t in work.trials())
+
+
+def test_what_has_ended_is_not_released(url: str) -> None:
+    work = ledger(url)
+    trial = work.ask(SPACE, "w")
+    assert trial is not None
+    work.study.tell(trial, 0.25)
+    work.release(trial.number, "lost", "too late")
+    assert work.entries()[0].last.value == 0.25
+
+
+def test_workers_that_ask_at_the_same_moment_keep_to_the_budget(url: str) -> None:
+    """Each of 6 threads with a connection of its own asks for the last 2 places at once."""
+    ledgers = [ledger(url, trials=2) for _ in range(6)]
+    barrier = threading.Barrier(6)
+    taken: list[int] = []
+
+    def ask(work: Ledger) -> None:
+        barrier.wait()
+        trial = work.ask(SPACE, "w")
+        if trial is not None:
+            taken.append(trial.number)
+
+    threads = [threading.Thread(target=ask, args=(work,)) for work in ledgers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 2
+    assert len(ledgers[0].entries()) == 2
+
+
+def test_twins_count_once(url: str) -> None:
+    """Two coordinators enqueued the same point at the same moment: the later one is given back."""
+    work = ledger(url)
+    for _ in range(2):
+        work.study.enqueue_trial({"bank_momentum": 0.9}, user_attrs={"key": "defaults"})
+    first, second = work.ask(SPACE, "a"), work.ask(SPACE, "b")
+    assert first is not None
+    assert second is None
+    assert len(work.entries()) == 1
+
+
+def test_silent_workers_lose_their_trial(tmp_path: Path) -> None:
+    work = ledger(storage_url(None, tmp_path))
+    trial = work.ask(SPACE, "silent")
+    assert trial is not None
+    beat = work.heartbeat(trial.number)
+    assert beat is not None
+    beat()
+    work.reap(3)
+    assert work.entries()[0].last.state == TrialState.RUNNING
+    threading.Event().wait(4.5)
+    work.reap(3)
+    (entry,) = work.entries()
+    assert entry.last.state == TrialState.FAIL
+    assert "no sign of life" in fault(entry.last)[1]
+
+
+def test_an_attempt_nobody_owns_is_taken_back(url: str) -> None:
+    """A worker killed between asking and signing leaves neither a name nor a heartbeat."""
+    work = ledger(url)
+    work.study.ask(SPACE)
+    work.reap(60)
+    assert work.entries()[0].last.state == TrialState.RUNNING
+    work.reap(0)
+    assert work.entries()[0].last.state == TrialState.FAIL
+
+
+def test_limits_of_time(url: str) -> None:
+    work = ledger(url, trials=9, until=0.0)
+    assert work.ask(SPACE, "w") is None
+    assert work.finished()
+    work = ledger(url, trials=9, device_hours=1.0)
+    trial = work.ask(SPACE, "w")
+    assert trial is not None
+    trial.set_user_attr(f"{UNIT}cuhk03", {"seconds": 3601.0})
+    work.study.tell(trial, 0.5)
+    assert work.ask(SPACE, "w") is None
+    assert work.finished()

@@ -1,0 +1,205 @@
+"""Study files: every mistake is one line that names file, key, value and the nearest valid key."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lda.config import PRESETS, from_mapping
+from lda.errors import UsageError
+from lda.protocols import PROTOCOLS
+from sweeps.spec import (
+    STUDIES,
+    StudySpec,
+    differences,
+    from_dict,
+    load,
+    resolve,
+    same_study,
+    study_file,
+    study_names,
+    to_dict,
+)
+
+GOOD: dict[str, Any] = {
+    "title": "t",
+    "cost": "c",
+    "protocol": "protocol3",
+    "search": {"trials": 3, "space": {"bank_momentum": {"low": 0.5, "high": 0.99}}},
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, **changes}))
+    return path
+
+
+def read(path: Path, **options: Any) -> StudySpec:
+    return resolve(load(path), path, **options)
+
+
+def search(**changes: Any) -> dict[str, Any]:
+    return {**GOOD["search"], **changes}
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_shipped_studies_are_valid_and_start_from_the_defaults(name: str) -> None:
+    spec = read(study_file(name))
+    assert spec.targets == tuple(t for t in spec.targets if t in PROTOCOLS[spec.protocol].targets)
+    base = from_mapping(PRESETS["standin"])
+    assert spec.first_points[0] == {key: getattr(base, key) for key in spec.search.space}
+    assert from_dict(to_dict(spec)) == spec
+    opening = study_file(name).read_text().split("\ntitle:")[0]
+    assert f"python sweeps/run.py --study {name}" in opening
+    assert "Poster" in opening
+
+
+def test_real_data_takes_the_real_preset(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    assert read(path).config("cuhk03", 0, {}).backbone == "small"
+    assert read(path, real_data=True).config("cuhk03", 0, {}).backbone == "resnet50"
+
+
+def test_fresh_seeds_of_the_confirmation(tmp_path: Path) -> None:
+    spec = read(write(tmp_path), seed=7, confirm_seeds=3)
+    assert (spec.seed, list(spec.confirm_seeds)) == (7, [8, 9, 10])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"titel": "x"}, "titel: unknown key 'titel' (did you mean 'title'?)"),
+        ({"search": search(trails=3)}, "search.trails: unknown key 'trails' (did you mean 'trials'?)"),
+        (
+            {"search": search(space={"bank_momentum": {"low": 0.5, "hihg": 0.9}})},
+            "search.space.bank_momentum.hihg: unknown key 'hihg' (did you mean 'high'?)",
+        ),
+        ({"search": search(trials=0)}, "search.trials: expected greater than or equal to 1, got 0"),
+        ({"search": search(sampler="tpee")}, "search.sampler: expected 'tpe', 'gp', 'random' or 'grid', got 'tpee'"),
+        ({"search": {"trials": 3}}, "search.space: this key is required"),
+        ({"protocol": "protocol4"}, "unknown protocol 'protocol4' (did you mean 'protocol"),
+        ({"targets": ["viper"]}, "unknown target of Protocol-3 'viper'"),
+        ({"base": {"epoch": 3}}, "unknown setting 'epoch' (did you mean 'epochs'?)"),
+        ({"base": {"epochs": 0}}, "epochs: 0 is out of range, expected 1 to"),
+        ({"base": {"seed": 3}}, "base.seed: is set for the whole study, use --seed"),
+        ({"base": {"bank_momentum": 0.9}}, "base.bank_momentum: is swept in search.space as well"),
+        ({"search": search(space={"bank_momentm": {"low": 0, "high": 1}})}, "did you mean 'bank_momentum'?"),
+        (
+            {"search": search(space={"bank_momentum": {"low": 0.5, "high": 1.5}})},
+            "search.space.bank_momentum: 1.5 is out of range, expected 0.0 to 0.9999",
+        ),
+        (
+            {"search": search(space={"bank_momentum": {"low": 0.5}})},
+            "search.space.bank_momentum: expected low and high",
+        ),
+        (
+            {"search": search(space={"threads": {"low": 1, "high": 2}})},
+            "search.space.threads: this setting cannot be swept",
+        ),
+        ({"search": search(space={"donor": {"low": 1, "high": 2}})}, "search.space.donor: expected choices"),
+        (
+            {"search": search(space={"donor": {"choices": ["uniform", "rnd"]}})},
+            "search.space.donor: unknown value 'rnd'",
+        ),
+        (
+            {"search": search(space={"alignment_weight": {"low": 0.0, "high": 1, "log": True}})},
+            "search.space.alignment_weight.low: 0.0 on a log scale",
+        ),
+        ({"search": search(space={"epochs": {"low": 1.5, "high": 4}})}, "search.space.epochs: expected a whole number"),
+        (
+            {"search": search(space={"bank_momentum": {"low": 0.1, "high": 0.5}})},
+            "search.space.bank_momentum: 0.9 is outside the swept range 0.1 to 0.5 (the default",
+        ),
+        (
+            {"search": search(enqueue=[{"bank_momentum": 0.4}])},
+            "search.enqueue.0.bank_momentum: 0.4 is outside the swept",
+        ),
+        ({"search": search(enqueue=[{"gem_p": 2.0}])}, "search.enqueue.0.gem_p: unknown swept setting 'gem_p'"),
+        ({"search": search(sampler="grid")}, "search.space.bank_momentum: the grid sampler needs choices, or a step"),
+        ({"grace_seconds": 30}, "grace_seconds: 30 is below three heartbeats of 20 s"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    path = write(tmp_path, **changes)
+    with pytest.raises(UsageError) as error:
+        read(path)
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(f"{path}: ")
+    assert expected in message
+
+
+@pytest.mark.parametrize("text", ["- a\n", "3", ""])
+def test_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="expected keys and values"):
+        load(path)
+
+
+def test_yaml_that_cannot_be_read_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("title: x\nsearch: {trials: 3\n")
+    with pytest.raises(UsageError, match=r"mine.yaml: line 3: not valid YAML"):
+        load(path)
+
+
+def test_exponents_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "title: t\ncost: c\nprotocol: protocol3\nbase: {weight_decay: 5e-4}\n"
+        "search: {trials: 2, space: {alignment_weight: {low: 1e-2, high: 1e0, log: true}}}\n"
+    )
+    assert isinstance(yaml.safe_load(path.read_text())["base"]["weight_decay"], str)  # the trap
+    spec = read(path)
+    assert spec.base["weight_decay"] == 5e-4
+    assert spec.search.space["alignment_weight"].bounds == (0.01, 1.0)
+
+
+def test_set_fixes_a_swept_setting(tmp_path: Path) -> None:
+    space = {"bank_momentum": {"low": 0.5, "high": 0.99}, "alignment_weight": {"low": 0.01, "high": 1.0}}
+    path = write(tmp_path, search=search(space=space, enqueue=[{"bank_momentum": 0.6, "alignment_weight": 0.5}]))
+    spec = read(path, overrides={"bank_momentum": 0.2})
+    assert list(spec.search.space) == ["alignment_weight"]
+    assert spec.search.enqueue == ({"alignment_weight": 0.5},)
+    assert spec.config("cuhk03", 0, {}).bank_momentum == 0.2
+
+
+def test_nothing_left_to_sweep(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    with pytest.raises(UsageError, match="nothing is left to sweep"):
+        read(path, overrides={"bank_momentum": 0.6})
+    assert read(path, overrides={"bank_momentum": 0.6}, trials=1).first_points == [{}]
+
+
+def test_first_points(tmp_path: Path) -> None:
+    space = {"bank_momentum": {"choices": [0.5, 0.9]}, "donor": {"choices": ["uniform", "round_robin"]}}
+    path = write(tmp_path, search=search(space=space, sampler="grid", trials=9, enqueue=[{"donor": "round_robin"}]))
+    points = read(path).first_points
+    assert points[0] == {"bank_momentum": 0.9, "donor": "uniform"}
+    assert points[1] == {"bank_momentum": 0.9, "donor": "round_robin"}  # a key left out takes its default
+    assert len(points) == 4  # the grid, nothing twice
+
+
+def test_what_may_change_while_a_study_lasts(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    spec = read(path)
+    more = read(path, trials=50, confirm_seeds=5, overrides={"wandb": "disabled"})
+    assert differences(same_study(spec), same_study(more)) == []
+    other = dataclasses.replace(read(path, overrides={"epochs": 3}), seed=4)
+    found = differences(same_study(spec), same_study(other))
+    assert found == ["base.epochs (None before, 3 now)", "seed (0 before, 4 now)"]
+
+
+def test_studies_by_name_and_by_file(tmp_path: Path) -> None:
+    assert study_file("smoke") == STUDIES / "smoke.yaml"
+    assert study_file(str(write(tmp_path))) == tmp_path / "mine.yaml"
+    with pytest.raises(UsageError, match="did you mean 'smoke'"):
+        study_file("smok")
+    with pytest.raises(UsageError, match="there is no such file"):
+        study_file("missing.yaml")

@@ -1,0 +1,102 @@
+"""The storage factory: URLs, masked passwords, and a fresh database that several open at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lda.errors import UsageError
+from sweeps.storage import create_or_load, has_password, masked, open_storage, patiently, storage_url, study_names
+
+
+def test_urls(tmp_path: Path) -> None:
+    assert storage_url(None, tmp_path) == f"sqlite:///{tmp_path}/optuna.db"
+    assert storage_url("journal", tmp_path) == f"journal:{tmp_path}/optuna-journal.log"
+    assert storage_url("postgresql://u@h/d", tmp_path) == "postgresql+psycopg://u@h/d"
+    assert storage_url("postgres://u@h/d", tmp_path) == "postgresql+psycopg://u@h/d"
+    with pytest.raises(UsageError, match="did you mean 'postgresql'"):
+        storage_url("postgresq://u:secret@h/d", tmp_path)
+    with pytest.raises(UsageError, match="unknown kind of storage 'redis'"):
+        storage_url("redis://h", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("postgresql://u:s3cret@host:5432/lab", "postgresql://u:***@host:5432/lab"),
+        ("postgresql://u:s3:c@ret@host/lab", "postgresql://u:***@host/lab"),
+        ("postgresql://host/lab?user=u&password=s3cret&x=1", "postgresql://host/lab?user=u&password=***&x=1"),
+        ("sqlite:///a/b.db", "sqlite:///a/b.db"),
+        ("postgresql://u@host/lab", "postgresql://u@host/lab"),
+    ],
+)
+def test_passwords_are_masked(url: str, expected: str) -> None:
+    assert masked(url) == expected
+    assert has_password(url) == (url != expected)
+
+
+def test_a_message_about_a_bad_url_hides_the_password(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        storage_url("mysql://u:s3cret@h/d", tmp_path)
+    assert "s3cret" not in str(error.value)
+
+
+def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unable to open database file"):
+        open_storage(f"sqlite:///{tmp_path}/missing/optuna.db", 1, 3)
+
+
+def test_patience_ends() -> None:
+    calls = []
+
+    def fails() -> None:
+        calls.append(1)
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        patiently(fails, 0.5, errors=(ConnectionError,))
+    assert len(calls) > 1
+
+
+def test_prepared_once_and_completed_after_a_dead_creator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(storage_url(None, tmp_path), 1, 3)
+    prepared: list[str] = []
+    for _ in range(2):
+        create_or_load(storage, "s", lambda study: prepared.append(study.study_name))
+    assert prepared == ["s"]
+    assert study_names(storage) == ["s"]
+
+    class KilledError(Exception):
+        pass
+
+    def dies(study: object) -> None:
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        create_or_load(storage, "t", dies)
+    monkeypatch.setattr("sweeps.storage._CREATION_SECONDS", 0.3)
+    create_or_load(storage, "t", lambda study: prepared.append(study.study_name))
+    assert prepared == ["s", "t"]
+
+
+_OPEN = """
+import sys
+from sweeps.storage import create_or_load, open_storage
+storage = open_storage(sys.argv[1], 1, 3)
+sys.stdin.readline()
+create_or_load(storage, "s", lambda study: print("prepared"))
+"""
+
+
+def test_a_fresh_database_opened_by_four_processes_at_once(tmp_path: Path) -> None:
+    url = storage_url(None, tmp_path)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", _OPEN, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    printed = [process.communicate("\n")[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert sorted(printed) == ["", "", "", "prepared\n"]
