@@ -7,6 +7,7 @@ alpha-blended fills, so the pixels do not depend on the processor.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ def draw_person(image: Image.Image, person: Person, pose: Pose, crop: Crop) -> N
         figure.backpack_behind()
     if person.bag == "case":
         figure.case()
+    figure.hair_behind()
     figure.arm(-1)
     figure.lower_garment()
     figure.torso()
@@ -169,18 +171,16 @@ class _Figure:
     def ellipse(self, u: float, v: float, ru: float, rv: float, colour: Colour, alpha: int = 255) -> None:
         self.polygon([(u + ru * c, v + rv * s) for c, s in _CIRCLE], colour, alpha)
 
-    def limb(self, start: Point, end: Point, r0: float, r1: float, colour: Colour) -> None:
-        """A tapered capsule with a lit and a dark side."""
+    def limb(self, joints: Sequence[Point], radii: Sequence[float], colour: Colour) -> None:
+        """A chain of tapered capsules with a lit and a dark side."""
         light = self.crop.light
-        dark, lit = shade(colour, 1.0 - 0.35 * abs(light)), shade(colour, 1.0 + 0.15 * abs(light))
-        shift = math.copysign(0.3, light)
-        for width, offset, tone in ((1.0, 0.0, dark), (0.7, shift, lit)):
-            (u0, v0), (u1, v1) = start, end
-            a, b = r0 * width, r1 * width
-            u0, u1 = u0 + offset * r0, u1 + offset * r1
-            self.polygon([(u0 - a, v0), (u0 + a, v0), (u1 + b, v1), (u1 - b, v1)], tone)
-            self.ellipse(u0, v0, a, a, tone)
-            self.ellipse(u1, v1, b, b, tone)
+        dark, lit = shade(colour, 1.0 - 0.35 * abs(light)), shade(colour, 1.0 + 0.12 * abs(light))
+        for width, offset, tone in ((1.0, 0.0, dark), (0.7, math.copysign(0.3, light), lit)):
+            ends = [(u + offset * r, v, r * width) for (u, v), r in zip(joints, radii, strict=True)]
+            for (u0, v0, a), (u1, v1, b) in itertools.pairwise(ends):
+                self.polygon([(u0 - a, v0), (u0 + a, v0), (u1 + b, v1), (u1 - b, v1)], tone)
+            for u, v, r in ends:
+                self.ellipse(u, v, r, r, tone)
 
     def shading(self, plane: Sequence[Point]) -> None:
         """Darkens the side of a patch that lies away from the light."""
@@ -211,20 +211,19 @@ class _Figure:
             self.foot(side, ankle, dim)
             if lower.kind == "trousers":
                 fit = lower.fit
-                self.limb(hip, knee, 0.054 * fit, 0.042 * fit, cloth)
-                self.limb(knee, (ankle[0], min(ankle[1], lower.hem)), 0.042 * fit, 0.033 * fit, cloth)
+                end = (ankle[0], min(ankle[1], lower.hem))
+                self.limb((hip, knee, end), (0.052 * fit, 0.041 * fit, 0.031 * fit), cloth)
                 if lower.pattern == "side":
                     self.line([(p[0] + side * 0.025, p[1]) for p in (hip, knee, ankle)], lower.second, 0.02)
             else:
-                self.limb(knee, ankle, 0.034, 0.022, skin)
-                self.limb(hip, knee, 0.05, 0.034, skin)
+                self.limb((hip, knee, ankle), (0.05, 0.034, 0.022), skin)
                 if lower.kind == "shorts":
                     share = (lower.hem - hip[1]) / (knee[1] - hip[1])
                     end = (hip[0] + (knee[0] - hip[0]) * share, lower.hem)
-                    self.limb(hip, end, 0.056 * lower.fit, 0.056 * lower.fit, cloth)
+                    self.limb((hip, end), (0.054 * lower.fit, 0.05 * lower.fit), cloth)
             if person.boots:
                 top = (ankle[0] + (knee[0] - ankle[0]) * 0.5, ankle[1] + (knee[1] - ankle[1]) * 0.5)
-                self.limb(top, ankle, 0.036, 0.03, shade(person.shoes, dim))
+                self.limb((top, ankle), (0.036, 0.03), shade(person.shoes, dim))
 
     def foot(self, side: int, ankle: Point, dim: float) -> None:
         toe = self.d * abs(self.sin) * 0.055 + side * 0.006
@@ -257,10 +256,9 @@ class _Figure:
         person, upper = self.person, self.person.upper
         s, h, fit = self.shoulder, self.hip, upper.fit
         neck, collar = 0.035, 0.15
-        self.limb((0.0, 0.12), (0.0, 0.17), 0.026, 0.03, shade(person.skin, 0.85))
         hem_half = h * fit * (1.05 + 0.9 * max(0.0, upper.hem - person.waist - 0.08))
-        right = [(neck, collar), (0.8 * s, 0.168), (s, 0.2), (s * 0.96 * fit, 0.3), (h * fit, person.waist),
-                 (hem_half, upper.hem)]  # fmt: skip
+        right = [(neck, collar), (0.6 * s, 0.165), (0.9 * s, 0.185), (0.98 * s, 0.22), (s * 0.94 * fit, 0.3),
+                 (h * fit, person.waist), (hem_half, upper.hem)]  # fmt: skip
         plane = [*right, *((-u, v) for u, v in reversed(right))]
         self._cloth(plane, upper)
         if upper.open and self.cos > -0.1:
@@ -318,7 +316,7 @@ class _Figure:
 
     def _arm_joints(self, side: int) -> tuple[Point, Point, Point]:
         pose, across = self.pose, abs(self.cos) ** 0.7
-        start = (side * (self.shoulder - 0.022) * across, 0.2)
+        start = (side * (self.shoulder - 0.032) * across, 0.207)
         if side == pose.bent:
             reach = self.d * abs(self.sin) * 0.09 - side * 0.05 * abs(self.cos)
             elbow = (start[0] + side * 0.02 * across, 0.335)
@@ -333,12 +331,15 @@ class _Figure:
         dim = 0.95 if side == 1 else 0.9 - 0.12 * abs(self.sin)
         cloth, skin = shade(upper.colour, dim), shade(person.skin, dim)
         fit = 0.5 + 0.5 * upper.fit
-        bare_upper, bare_fore = upper.kind == "vest", upper.kind in ("vest", "tee")
-        self.ellipse(*hand, 0.022, 0.024, skin)
-        self.limb(elbow, hand, 0.028 * (1.0 if bare_fore else 1.1 * fit), 0.022 if bare_fore else 0.026 * fit,
-                  skin if bare_fore else cloth)  # fmt: skip
-        self.limb(start, elbow, 0.036 * fit, 0.032 * fit, skin if bare_upper else cloth)
-        self.ellipse(*hand, 0.019, 0.021, skin)
+        self.ellipse(*hand, 0.022, 0.024, shade(skin, 0.85))
+        if upper.kind in ("tee", "vest"):
+            self.limb((start, elbow, hand), (0.032, 0.027, 0.021), skin)
+        if upper.kind == "tee":
+            sleeve = (0.4 * start[0] + 0.6 * elbow[0], 0.4 * start[1] + 0.6 * elbow[1])
+            self.limb((start, sleeve), (0.035 * fit, 0.035 * fit), cloth)
+        elif upper.kind != "vest":
+            self.limb((start, elbow, hand), (0.035 * fit, 0.031 * fit, 0.025 * fit), cloth)
+            self.ellipse(hand[0], hand[1] + 0.012, 0.019, 0.021, skin)
 
     # --- bags --------------------------------------------------------------------------------------------------------
     def backpack_behind(self) -> None:
@@ -392,26 +393,29 @@ class _Figure:
         self.shading(plane)
 
     # --- head --------------------------------------------------------------------------------------------------------
+    def hair_behind(self) -> None:
+        """Long hair that falls behind the face, the neck and the shoulders."""
+        length = {"long": 0.075, "medium": 0.035}.get(self.person.hair_style, 0.0)
+        if length:
+            ru, rv = 0.043 * self.person.head, 0.062 * self.person.head
+            u = (0.018 - 0.45 * ru) * self.sin
+            self.ellipse(u, 0.07 + length, 1.35 * ru, rv + 0.5 * length, shade(self.person.hair, 0.8))
+
     def head(self) -> None:
         person, size = self.person, self.person.head
-        ru, rv, v = 0.043 * size * (1.0 + 0.12 * abs(self.sin)), 0.062 * size, 0.07
-        u = 0.018 * self.sin
-        style, hair, facing = person.hair_style, person.hair, self.cos
-        cloth = person.upper.colour
+        ru, rv, u, v = 0.043 * size * (1.0 + 0.12 * abs(self.sin)), 0.062 * size, 0.018 * self.sin, 0.07
+        style, cloth = person.hair_style, person.upper.colour
         if style == "hood":
             self.ellipse(u, v + 0.004, ru * 1.35, rv * 1.15, shade(cloth, 0.9))
-        elif style in ("long", "medium"):
-            length = 0.11 if style == "long" else 0.05
-            back = u - 0.3 * ru * self.sin
-            self.polygon([(back - 1.2 * ru, v - 0.01), (back + 1.2 * ru, v - 0.01), (back + 1.15 * ru, v + length),
-                          (back - 1.15 * ru, v + length)], shade(hair, 0.85))  # fmt: skip
-        if style != "hood" or facing > -0.2:
+        if self.cos > -0.3 and person.scarf is None:
+            self.limb(((0.3 * u, 0.115), (0.0, 0.148)), (0.024, 0.026), shade(person.skin, 0.8))
+        if style != "hood" or self.cos > -0.2:
             self.ellipse(u, v, ru, rv, person.skin)
             self.ellipse(u - 0.4 * ru * math.copysign(1, self.crop.light), v + 0.01, ru * 0.6, rv * 0.8,
                          (0, 0, 0), round(45 * abs(self.crop.light)))  # fmt: skip
         self._face(u, v, ru, rv)
         if style == "hood":
-            if facing < -0.2:
+            if self.cos < -0.2:
                 self.ellipse(u, v, ru * 1.25, rv * 1.1, cloth)
         elif style != "bald":
             self._hair(u, v, ru, rv)
@@ -431,22 +435,23 @@ class _Figure:
 
     def _hair(self, u: float, v: float, ru: float, rv: float) -> None:
         """Covers the top of the head in front view, all of it from behind, the back half from the side."""
-        hair, facing = self.person.hair, self.cos
-        if facing < -0.15:
-            self.ellipse(u - 0.2 * ru * self.sin, v - 0.05 * rv, 1.08 * ru, 1.0 * rv, hair)
-            if self.person.hair_style == "long":
-                self.polygon([(u - 1.15 * ru, v), (u + 1.15 * ru, v), (u + 1.05 * ru, v + 0.13),
-                              (u - 1.05 * ru, v + 0.13)], hair)  # fmt: skip
+        hair, style, turn = self.person.hair, self.person.hair_style, abs(self.sin)
+        if self.cos < -0.15:
+            self.ellipse(u - 0.2 * ru * self.sin, v - 0.05 * rv, 1.08 * ru, rv, hair)
+            if style in ("long", "medium"):
+                low = 0.06 if style == "long" else 0.025
+                self.ellipse(u - 0.3 * ru * self.sin, v + low, 1.15 * ru, rv * (1.05 if style == "long" else 0.8), hair)
         else:
-            brow = v - rv * (0.45 - 0.1 * abs(self.sin))
+            brow = v - rv * (0.42 - 0.1 * turn)
             arc = [(u + 1.08 * ru * c, v + 1.06 * rv * s) for c, s in _CIRCLE if s <= -0.25]
-            self.polygon([*arc, (u + ru * 0.95, brow + 0.1 * rv), (u + 0.3 * ru * self.sin, brow),
-                          (u - ru * 0.95, brow + 0.1 * rv)], hair)  # fmt: skip
-            self.ellipse(u - 0.62 * ru * self.sin, v - 0.1 * rv, 0.75 * ru * abs(self.sin), 0.85 * rv, hair)
-        if self.person.hair_style == "tail" and facing < 0.5:
-            back = u - self.sin * 1.1 * ru
-            self.polygon([(back - 0.018, v - 0.02), (back + 0.018, v - 0.02), (back + 0.012 - 0.02 * self.sin, v + 0.1),
-                          (back - 0.012 - 0.02 * self.sin, v + 0.1)], shade(hair, 0.9))  # fmt: skip
+            self.polygon([*arc, (u + ru * 0.98, brow + 0.1 * rv), (u + 0.3 * ru * self.sin, brow - 0.08 * rv),
+                          (u - ru * 0.98, brow + 0.1 * rv)], hair)  # fmt: skip
+            if turn > 0.2:  # the back of the head
+                self.ellipse(u - self.d * ru * (1.06 - 0.62 * turn), v - 0.1 * rv, 0.62 * ru * turn, 0.85 * rv, hair)
+        if style == "tail" and self.cos < 0.5:
+            back, low = u - self.sin * 1.1 * ru, 0.02 * self.sin
+            self.polygon([(back - 0.018, v - 0.02), (back + 0.018, v - 0.02), (back + 0.012 - low, v + 0.1),
+                          (back - 0.012 - low, v + 0.1)], shade(hair, 0.9))  # fmt: skip
 
     def _cap(self, u: float, v: float, ru: float, rv: float) -> None:
         hat = self.person.hat

@@ -209,7 +209,8 @@ def _street(draw: ImageDraw.ImageDraw, w: int, h: int, horizon: float, rng: np.r
     """Town at eye level: signs in every colour, parked cars, dark interiors; each place unlike the next."""
     edge = (horizon + rng.uniform(0.0, 0.3)) * h
     draw.rectangle((0, 0, w, h), fill=(90, 88, 90))
-    signs: list[Colour] = [tuple(rng.integers(30, 235, 3).tolist()) for _ in range(6)]
+    bright: list[Colour] = [(r, g, b) for r, g, b in rng.integers(20, 236, (6, 3)).tolist()]
+    signs = [blend(colour, (128, 124, 120), rng.uniform(0.2, 0.8)) for colour in bright]
     _row(draw, w, 0, edge, [shade(c, 0.7) for c in signs], 0.25 * h, rng)
     _row(draw, w, 0.05 * h, 0.2 * h, signs, 0.18 * h, rng)
     paving = blend((90, 88, 86), (200, 190, 176), rng.random())
