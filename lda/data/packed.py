@@ -15,18 +15,19 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lda.data.decode import Chunk, write_chunk
 from lda.data.pool import cores, map_processes, progress
 from lda.data.records import ImageRecord
 from lda.errors import UsageError
+
+if TYPE_CHECKING:  # packing needs no torch, and loading it takes longer than packing a small set
+    from torch import Tensor
 
 FORMAT = 1
 CHUNK = 64  # images a process decodes at a time
@@ -65,6 +66,8 @@ class PackedImages:
 
     def batch(self, indices: NDArray[np.int64] | Sequence[int]) -> Tensor:
         """The images at `indices` (B,) as a new uint8 tensor (B, 3, height, width)."""
+        import torch
+
         return torch.from_numpy(self.array[np.asarray(indices, dtype=np.int64)])
 
 
