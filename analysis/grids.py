@@ -1,0 +1,127 @@
+"""A table of text, written as plain text, Markdown or LaTeX."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+_WIDTH = 120  # of wrapped notes, characters
+
+Conditions = Sequence[tuple[str, str]]
+"""(name, value) lines that must stay with a table."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One table.
+
+    Attributes:
+        title: printed above it; may be empty.
+        columns: (upper head, lower head) of every column after the first; neighbours with one upper head share it.
+        rows: cells, the first of a row being its label.
+        notes: sentences under the table.
+    """
+
+    title: str
+    columns: list[tuple[str, str]]
+    rows: list[list[str]]
+    notes: list[str]
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """(upper head, number of columns under it); empty when there are no upper heads."""
+        if not any(upper for upper, _ in self.columns):
+            return []
+        return [(upper, len(list(columns))) for upper, columns in groupby(self.columns, key=lambda column: column[0])]
+
+
+def as_text(title: str, conditions: Conditions, grids: Sequence[Grid]) -> str:
+    """For a terminal: columns aligned by spaces."""
+    width = max(len(name) for name, _ in conditions)
+    lines = [title, *(f"  {name.ljust(width)}  {value}" for name, value in conditions)]
+    first = max(len(row[0]) for grid in grids for row in grid.rows)  # one left edge for all tables
+    for grid in grids:
+        lines += ["", *([grid.title] if grid.title else []), *_text_rows(grid, first)]
+        lines += [line for note in grid.notes for line in _wrapped(note)]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _wrapped(note: str) -> list[str]:
+    return textwrap.wrap(note, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+
+
+def _text_rows(grid: Grid, first: int) -> list[str]:
+    body = [["", *(lower for _, lower in grid.columns)], *grid.rows]
+    widths = [first, *(max(len(row[i + 1]) for row in body) for i in range(len(grid.columns)))]
+    gaps = [3 if i == 0 or upper != grid.columns[i - 1][0] else 2 for i, (upper, _) in enumerate(grid.columns)]
+    column, heads = 1, " " * first
+    for upper, span in grid.groups:
+        own = slice(column, column + span)
+        room = sum(widths[own]) + sum(gaps[column : column + span - 1])
+        widths[column + span - 1] += max(len(upper) - room, 0)  # a long name widens the last of its columns
+        heads += " " * gaps[column - 1] + upper.rjust(max(room, len(upper)))
+        column += span
+    lines = [heads] if grid.groups else []
+    for row in body:
+        cells = [" " * gap + cell.rjust(width) for gap, cell, width in zip(gaps, row[1:], widths[1:], strict=True)]
+        lines.append(row[0].ljust(first) + "".join(cells))
+    lines.insert(len(lines) - len(grid.rows), "-" * max(map(len, lines)))
+    return lines
+
+
+def as_markdown(title: str, conditions: Conditions, grids: Sequence[Grid]) -> str:
+    """For a README or an issue: pipe tables under a list of the conditions."""
+    lines = [f"**{title}**", "", *(f"- {name}: {value}" for name, value in conditions)]
+    for grid in grids:
+        heads = ["", *(f"{upper} {lower}".strip() for upper, lower in grid.columns)]
+        rule = ["---", *("---:" for _ in grid.columns)]
+        lines += ["", *([f"**{grid.title}**", ""] if grid.title else [])]
+        lines += ["| " + " | ".join(map(_markdown, row)) + " |" for row in [heads, rule, *grid.rows]]
+        lines += ["", *(f"- {_markdown(note)}" for note in grid.notes)] if grid.notes else []
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(text: str) -> str:
+    return text.replace("*", "\\*").replace("|", "\\|").replace("_", "\\_")
+
+
+def as_latex(title: str, conditions: Conditions, grids: Sequence[Grid]) -> str:
+    """For a paper: one `tabular` per table (package booktabs), the conditions typeset under the first."""
+    parts: list[str] = []
+    for grid in grids:
+        notes = [*(f"{name}: {value}" for name, value in conditions), *grid.notes] if not parts else grid.notes
+        heads = [f" & {' & '.join(_latex(lower) for _, lower in grid.columns)} \\\\"]
+        lines = [
+            f"% {': '.join(filter(None, (title, grid.title)))}",
+            *([f"\\noindent {_latex(grid.title)}\\par\\smallskip"] if grid.title else []),
+            f"\\begin{{tabular}}{{l{'r' * len(grid.columns)}}}",
+            "\\toprule",
+            *_latex_groups(grid),
+            *heads,
+            "\\midrule",
+            *(" & ".join(map(_latex, row)) + " \\\\" for row in grid.rows),
+            "\\bottomrule",
+            "\\end{tabular}",
+            *([f"\\par\\smallskip\\noindent{{\\footnotesize {_latex('. '.join(notes))}.\\par}}"] if notes else []),
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n\\bigskip\n".join(parts) + "\n"
+
+
+def _latex_groups(grid: Grid) -> list[str]:
+    if not grid.groups:
+        return []
+    column, heads, rules = 2, [], []
+    for upper, span in grid.groups:
+        heads.append(f"\\multicolumn{{{span}}}{{c}}{{{_latex(upper)}}}")
+        rules.append(f"\\cmidrule(lr){{{column}-{column + span - 1}}}")
+        column += span
+    return [f" & {' & '.join(heads)} \\\\", " ".join(rules)]
+
+
+def _latex(text: str) -> str:
+    escapes = {"\\": "\\textbackslash{}", "±": "$\\pm$", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    escapes |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    return "".join(escapes.get(sign, sign) for sign in text)

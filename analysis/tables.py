@@ -1,0 +1,177 @@
+"""The protocol table of a study: mAP and Rank-1 on every unseen target, in percent.
+
+    python analysis/tables.py runs/protocol3 --format markdown
+
+Rows: the plain baseline, the defaults (trial 0) and the best other trial of the search; see analysis/results.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.command import exit_code
+from analysis.grids import Grid, as_latex, as_markdown, as_text
+from analysis.records import Study, load_study, print_name
+from analysis.results import AVERAGE, CONDITIONS, METRICS, protocol_table, published_table
+from lda.errors import UsageError
+from lda.runs import atomic
+
+FORMATS = ("text", "markdown", "latex", "csv")
+
+SELECTION_RULES = {
+    "source_validation": "source_validation (held-out source identities; the target is never looked at)",
+    "oracle": "ORACLE (chosen by looking at the target; not a generalisation result)",
+}
+"""Selection rule -> how a table names it."""
+
+
+def render(study: Study | Path, format: str = "text", published: bool = False) -> str:
+    """The study's table with its conditions, as text, Markdown, LaTeX (booktabs) or CSV.
+
+    `published` adds the poster's rows, as a table of their own that says so. Raises UsageError for a study without a
+    finished trial, and for a protocol that the poster has no table for.
+    """
+    study = study if isinstance(study, Study) else load_study(study)
+    table = protocol_table(study)
+    poster = published_table(study.protocol.name) if published else None
+    if poster is not None and poster.empty:
+        raise UsageError(f"--published: the poster has no table for {study.protocol.title}")
+    if format == "csv":
+        return _csv(table, poster)
+    grids = [_results_grid(study, table)]
+    if table["mAP_gain"].notna().any():
+        grids.append(_gain_grid(study, table))
+    if poster is not None:
+        grids.append(_published_grid(study, poster))
+    title = f"{study.protocol.title}, study {study.name}"
+    return {"text": as_text, "markdown": as_markdown, "latex": as_latex}[format](title, conditions(study, table), grids)
+
+
+def conditions(study: Study, table: pd.DataFrame) -> list[tuple[str, str]]:
+    """What a reader must know before comparing numbers: (name, value) lines."""
+    seeds = int(table["seeds"].max())
+    fresh = "fresh, never used by the search" if table["confirmed"].all() else "the search's own, nothing is confirmed"
+    each = {key: sorted({word for words in table[key] for word in words.split(", ")}) for key in CONDITIONS}
+    flip = {"True": "flip test", "False": "no flip test"}
+    rules = [SELECTION_RULES.get(rule, rule) for rule in each["selection"]]
+    return [
+        ("data", data_line(study.data)),
+        ("selection", "; ".join(rules)),
+        ("seeds", f"{seeds} per target ({fresh})"),
+        ("inference", ", ".join([*each["inference"], *(flip[word] for word in each["flip_test"])])),
+        ("CUHK03 boxes", ", ".join(each["cuhk03_boxes"])),
+        ("numbers", "percent" + (", mean ± standard deviation over seeds" if seeds > 1 else "")),
+        ("mAP", f"average precision by {', '.join(each['average_precision'])}"),
+    ]
+
+
+def data_line(data: str) -> str:
+    """What the numbers were measured on, in words."""
+    words = {
+        "real": "real data sets",
+        "stand-in": "STAND-IN (drawn pedestrians, no real data set: not comparable with published numbers)",
+    }
+    return words.get(data, data)
+
+
+def _results_grid(study: Study, table: pd.DataFrame) -> Grid:
+    rows = []
+    for label, group in table.groupby("label", sort=False):
+        means = [(row[metric], row[f"{metric}_std"]) for _, row in group.iterrows() for metric in METRICS]
+        rows.append([str(label), *(_cell(mean, spread) for mean, spread in means)])
+    scores = table[table["target"] == AVERAGE]
+    parts = [f"{row.label} {row.score:.1f}" for row in scores.itertuples()]
+    return Grid("", _columns(study), rows, [f"Selection score: {'; '.join(parts)}"])
+
+
+def _gain_grid(study: Study, table: pd.DataFrame) -> Grid:
+    rows = []
+    for label, group in table[table["mAP_gain"].notna()].groupby("label", sort=False):
+        for metric, name in METRICS.items():
+            rows.append([f"{label}, {name}", *(_gain(row, f"{metric}_gain") for _, row in group.iterrows())])
+    interval = " [95% bootstrap interval]" if table["mAP_gain_low"].notna().any() else ""
+    return Grid(
+        f"Points above the baseline, paired by seed{interval}", [("", name) for name in _names(study)], rows, []
+    )
+
+
+def _published_grid(study: Study, poster: pd.DataFrame) -> Grid:
+    rows, notes = [], []
+    for method, group in poster.groupby("method", sort=False):
+        cells = group.set_index("target")
+        star = "*" if (group["starred"] == "yes").any() else ""
+        values = [float(cells.loc[target, metric]) for target in [*study.targets, AVERAGE] for metric in METRICS]
+        rows.append([f"{method}{star} ({group['venue'].iloc[0]})", *(_cell(value, np.nan) for value in values)])
+        for note, noted in group[group["note"] != ""].groupby("note", sort=False):
+            notes.append(f"{method}, {', '.join(map(_print, noted['target']))}: {note}")
+    notes.append("Averages are the printed ones, over all targets of the protocol. The poster does not define its star")
+    warning = "" if study.data == "real" else "; OTHER DATA than above, which is stand-in: do not compare"
+    return Grid(f"Published on the LDA poster, real data sets{warning}", _columns(study), rows, notes)
+
+
+def _columns(study: Study) -> list[tuple[str, str]]:
+    return [(name, metric) for name in _names(study) for metric in METRICS.values()]
+
+
+def _names(study: Study) -> list[str]:
+    return [_print(target) for target in [*study.targets, AVERAGE]]
+
+
+def _print(target: object) -> str:
+    return "Average" if target == AVERAGE else print_name(str(target))
+
+
+def _cell(value: float, spread: float) -> str:
+    if np.isnan(value):
+        return "-"
+    return f"{value:.1f}" if np.isnan(spread) else f"{value:.1f}±{spread:.1f}"
+
+
+def _gain(row: pd.Series, column: str) -> str:
+    mean, low, high = row[column], row[f"{column}_low"], row[f"{column}_high"]
+    return f"{mean:+.1f}" if np.isnan(low) else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _csv(table: pd.DataFrame, poster: pd.DataFrame | None) -> str:
+    """Every row carries its conditions, so that none can be taken for another kind of number."""
+    rows = table
+    if poster is not None:
+        printed = poster.assign(configuration="published", label=poster["method"], data="real (printed on the poster)")
+        columns = ["configuration", "label", "target", "mAP", "rank1", "data", "note"]
+        rows = pd.concat([table.astype({"seeds": "Int64"}), printed[columns]])
+    text: str = rows.to_csv(index=False, float_format="%.3f", lineterminator="\n")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python analysis/tables.py STUDY`: 0 done, 1 failed, 2 bad usage."""
+    parser = argparse.ArgumentParser(
+        prog="python analysis/tables.py",
+        description="Print a study's protocol table: mAP and Rank-1 per unseen target.",
+    )
+    parser.add_argument("study", type=Path, help="folder of the study, for example runs/protocol3")
+    parser.add_argument("--format", choices=FORMATS, default="text", help="how it is written (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="file to write (default: print it)")
+    parser.add_argument("--published", action="store_true", help="add the poster's table, labelled as other data")
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        text = render(options.study, options.format, options.published)
+        if options.output is None:
+            print(text, end="")
+        else:
+            with atomic(options.output) as file:
+                file.write(text)
+            print(options.output)
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Writes small study folders in the real format, for the tests of analysis."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lda.config import preset
+from lda.protocols import PROTOCOLS
+
+LAYERS = {"bn1": 32, "layer1.0.bn1": 32, "layer2.0.bn1": 64, "layer3.0.bn1": 128, "layer4.0.bn1": 256, "output": 256}
+"""Layer -> channels of the banks written here."""
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def write_bank(path: Path, domains: Sequence[str], seed: int = 0, unseen: Sequence[str] = ()) -> None:
+    """A bank with channel-wise correlated domains; CUHK03 is CUHK02 with a little noise."""
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, Any] = {"domains": np.array(domains), "layers": np.array(list(LAYERS))}
+    for layer, channels in LAYERS.items():
+        common = rng.normal(0, 1, channels)
+        means = common + rng.normal(0, 0.4, (len(domains), channels))
+        deviations = np.exp(rng.normal(0, 0.3, channels) + rng.normal(0, 0.2, (len(domains), channels)))
+        if "cuhk02" in domains and "cuhk03" in domains:
+            a, b = domains.index("cuhk02"), domains.index("cuhk03")
+            means[b] = means[a] + rng.normal(0, 0.05, channels)
+            deviations[b] = deviations[a] * np.exp(rng.normal(0, 0.03, channels))
+        arrays[f"mean/{layer}"] = means.astype(np.float32)
+        arrays[f"var/{layer}"] = (deviations**2).astype(np.float32)
+        arrays[f"count/{layer}"] = np.array([0 if domain in unseen else 40 for domain in domains])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **arrays)
+
+
+def write_unit(
+    folder: Path,
+    target: str,
+    *,
+    protocol: str = "protocol3",
+    seed: int = 0,
+    method: str = "lda",
+    mAP: float = 0.3,  # noqa: N803
+    score: float = 0.5,
+    finished: bool = True,
+    data: str = "stand-in",
+    selection: str = "source_validation",
+) -> None:
+    """One unit; its Rank-1 is mAP + 0.1."""
+    config = preset("standin", protocol=protocol, target=target, seed=seed, method=method, selection=selection)
+    write_json(folder / "config.json", {"unit": config.unit_hash(), "config": config.to_dict()})
+    sources = PROTOCOLS[protocol].sources(target)
+    rows: list[dict[str, Any]] = []
+    for step in range(20, 201, 20):
+        rows.append({"step": step, "epoch": step // 20, "loss/id_e": 4 - step / 100, "loss/total": 8 - step / 50})
+        rows[-1] |= {"lr": 1e-3, "images_per_second": 500.0}
+    rows.append({"step": 200, "epoch": 10, "val/mAP": score, **{f"val/{s}/mAP": score for s in sources}})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not finished:
+        return
+    if method == "lda":
+        write_bank(folder / "buffer_bank.npz", sources, seed)
+    ranks = {"rank1": mAP + 0.1, "rank5": mAP + 0.2, "rank10": mAP + 0.3, "mINP": mAP / 2, "num_valid_queries": 100}
+    write_json(
+        folder / "result.json",
+        {
+            "unit": config.unit_hash(),
+            **{"protocol": protocol, "target": target, "seed": seed, "method": method, "mAP": mAP, **ranks},
+            "inference": "fused" if method == "lda" else "plain",
+            "flip_test": False,
+            "average_precision": "step",
+            "selection": {"rule": selection, "score": score, "per_source": dict.fromkeys(sources, score)},
+            "data": data,
+            "data_hash": "0123456789ab" if data == "stand-in" else "",
+            "versions": {"msmt17": "MSMT17_V2"},
+            "seconds": 12.5,
+            "images_per_second": 500.0,
+            "steps": 200,
+            "feature/norm": 3.0,
+            "feature/effective_rank": 20.0,
+        },
+    )
+
+
+def write_study(
+    folder: Path,
+    *,
+    protocol: str = "protocol3",
+    scores: Sequence[float] = (0.50, 0.55, 0.52),
+    confirm_seeds: Sequence[int] = (),
+    **unit: Any,
+) -> Path:
+    """A finished study: trial i has selection score scores[i] and test mAP scores[i] - 0.2 (+ 0.01 per seed).
+
+    With confirmation the defaults, the best other trial and the baseline (mAP 0.2, + 0.02 per seed) are rerun.
+    """
+    targets = PROTOCOLS[protocol].targets
+    write_json(
+        folder / "study.json",
+        {
+            "study": folder.name,
+            "title": "A study for tests",
+            "protocol": protocol,
+            "targets": list(targets),
+            "data": unit.get("data", "stand-in"),
+            "selection": unit.get("selection", "source_validation"),
+            "seed": 0,
+            "confirm_seeds": list(confirm_seeds),
+            "space": {"alignment_weight": {"low": 0.01, "high": 5.0, "log": True}, "bank_momentum": {}},
+            "defaults": {"alignment_weight": 0.1, "bank_momentum": 0.9},
+            "budget": {"trials": len(scores)},
+            "command": "python sweeps/run.py --study protocol3",
+            "commit": "0123abc",
+            "versions": {"python": "3.11.7", "torch": "2.15.0"},
+        },
+    )
+    best = max(range(1, len(scores)), key=lambda number: scores[number], default=0)
+    for number, score in enumerate(scores):
+        trial = folder / f"trial-{number:04d}"
+        seeds = [0, *confirm_seeds] if number in (0, best) else [0]
+        for target in targets:
+            for seed in seeds:
+                values = {"mAP": score - 0.2 + 0.01 * seed, "score": score, "seed": seed, **unit}
+                write_unit(trial / f"{target}-s{seed}", target, protocol=protocol, **values)
+        write_trial(trial, number, score, [f"{target}-s{seed}" for target in targets for seed in seeds])
+    if confirm_seeds:
+        trial = folder / "trial-baseline"
+        for target in targets:
+            for seed in confirm_seeds:
+                values = {"mAP": 0.2 + 0.02 * seed, "score": 0.4, "seed": seed, "method": "baseline", **unit}
+                write_unit(trial / f"{target}-s{seed}", target, protocol=protocol, **values)
+        write_trial(trial, None, None, [f"{target}-s{seed}" for target in targets for seed in confirm_seeds])
+    return folder
+
+
+def write_trial(
+    trial: Path,
+    number: int | None,
+    score: float | None,
+    units: Sequence[str],
+    state: str = "complete",
+    reason: str = "",
+) -> None:
+    """trial.json; units on seed 0 are the search's, others confirm."""
+    rng = np.random.default_rng(number or 0)
+    params = {"alignment_weight": 0.1, "bank_momentum": 0.9}
+    if number:
+        params = {"alignment_weight": float(10 ** rng.uniform(-2, 0.7)), "bank_momentum": float(rng.uniform(0.5, 0.99))}
+    write_json(
+        trial / "trial.json",
+        {
+            "number": number,
+            "origin": "baseline" if number is None else "search" if number else "default",
+            "params": {} if number is None else params,
+            "state": state,
+            "score": score,
+            "reason": reason,
+            "units": [unit for unit in units if unit.endswith("-s0")],
+            "confirm_units": [unit for unit in units if not unit.endswith("-s0")],
+        },
+    )
