@@ -35,7 +35,7 @@ from sweeps.devices import Slot
 from sweeps.display import EventLines
 from sweeps.folders import StudyFolder, read_json
 from sweeps.heartbeat import EXIT_FENCED
-from sweeps.jobs import confirm_study, enqueue_confirmation, enqueue_first_points, job_of
+from sweeps.jobs import confirm_study, enqueue_confirmation, enqueue_first_points, entry_job
 from sweeps.ledger import Budget, Entry, Kind, Ledger
 from sweeps.mirror import Mirror
 from sweeps.spec import StudySpec, differences, from_dict, same_study, to_dict
@@ -127,6 +127,7 @@ class Coordinator:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.spec, self.folder = plan, plan.spec, plan.folder
+        self.folder.workers.mkdir(parents=True, exist_ok=True)
         self.storage: BaseStorage = open_storage(plan.storage, plan.spec.heartbeat_seconds, plan.spec.grace_seconds)
         search = self.spec.search
         until = None if search.hours is None else time.time() + 3600 * search.hours
@@ -288,14 +289,14 @@ class Coordinator:
         for ledger in ledgers:
             ledger.reap(self.spec.grace_seconds)
             for entry in ledger.requeue():
-                self.folder.event(f"{job_of(self.spec, entry.last).trial} will be tried again")
+                self.folder.event(f"{entry_job(self.spec, entry).trial} will be tried again")
         known = self.search.entries()
         searched = self.budget.exhausted(known)
         if (
             searched
             and self.confirm is None
             and self.spec.confirm.seeds
-            and any(e.last.value is not None for e in known)
+            and any(e.last.state == TrialState.COMPLETE for e in known)
         ):
             self.confirm = self._set_up_confirmation(known)
         confirming = [] if self.confirm is None else self.confirm.entries()
@@ -347,7 +348,6 @@ class Coordinator:
         return True
 
     def _start_worker(self, slot: Slot) -> subprocess.Popen[bytes]:
-        self.folder.workers.mkdir(parents=True, exist_ok=True)
         with self._log(slot).open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "sweeps.worker"],

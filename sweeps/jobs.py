@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 
 from sweeps.folders import BASELINE, trial_name
 from sweeps.ledger import Entry, Ledger, point_key
@@ -32,6 +32,19 @@ class Job:
     confirms: bool = False
 
     @property
+    def title(self) -> str:
+        """How messages call it."""
+        return f"{self.trial} seed {self.seed}" if self.confirms else self.trial
+
+    @property
+    def settings(self) -> str:
+        """What is particular about it, for people."""
+        if self.confirms:
+            return "confirmation"
+        values = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.changes.items())
+        return ("defaults: " if self.origin == "default" else "") + ", ".join(values)
+
+    @property
     def job_type(self) -> str:
         """Its kind on a dashboard."""
         if self.origin == "baseline":
@@ -45,10 +58,16 @@ def search_job(spec: StudySpec, number: int, params: Mapping[str, Any]) -> Job:
     return Job(trial_name(number), origin, spec.seed, dict(params))
 
 
-def job_of(spec: StudySpec, trial: FrozenTrial | Trial) -> Job:
-    """The job of any attempt, of the search or of the confirmation."""
+def job_of(spec: StudySpec, trial: Trial) -> Job:
+    """The job of an attempt that runs, of the search or of the confirmation."""
     given = trial.user_attrs.get("job")
     return Job(**given) if given else search_job(spec, trial.user_attrs.get("root", trial.number), trial.params)
+
+
+def entry_job(spec: StudySpec, entry: Entry) -> Job:
+    """The job of a configuration, whatever its state."""
+    given = entry.last.user_attrs.get("job")
+    return Job(**given) if given else search_job(spec, entry.number, entry.params)
 
 
 def confirm_study(name: str) -> str:
@@ -58,7 +77,7 @@ def confirm_study(name: str) -> str:
 
 def best_entries(spec: StudySpec, known: list[Entry], count: int) -> list[Entry]:
     """The complete configurations with the highest scores, the defaults apart; pruned ones never enter."""
-    complete = [e for e in known if e.last.state == TrialState.COMPLETE and e.last.params != spec.defaults]
+    complete = [e for e in known if e.last.state == TrialState.COMPLETE and e.params != spec.defaults]
     return sorted(complete, key=lambda entry: (-(entry.last.value or 0.0), entry.number))[:count]
 
 
@@ -67,8 +86,8 @@ def confirm_jobs(spec: StudySpec, known: list[Entry]) -> list[Job]:
 
     Seeds vary slowest, so that a confirmation cut short has compared everything on its first seeds.
     """
-    defaults = [entry for entry in known if entry.last.params == spec.defaults]
-    chosen = [search_job(spec, e.number, e.last.params) for e in defaults + best_entries(spec, known, spec.confirm.top)]
+    defaults = [entry for entry in known if entry.params == spec.defaults]
+    chosen = [search_job(spec, e.number, e.params) for e in defaults + best_entries(spec, known, spec.confirm.top)]
     if spec.base.get("method") != "baseline":
         chosen.insert(0, Job(BASELINE, "baseline", 0, {"method": "baseline"}))
     return [

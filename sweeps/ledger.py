@@ -47,6 +47,11 @@ class Entry:
         return self.attempts[-1]
 
     @property
+    def params(self) -> dict[str, Any]:
+        """Swept settings, those given in advance included: an attempt that waits has no others yet."""
+        return {**self.last.system_attrs.get("fixed_params", {}), **self.last.params}
+
+    @property
     def failures(self) -> int:
         """Attempts that failed, interruptions not counted."""
         return sum(a.state == TrialState.FAIL and fault(a)[0] != "interrupted" for a in self.attempts)
@@ -208,8 +213,7 @@ class Ledger:
         for entry in again:
             last = entry.last
             inherited = {k: v for k, v in last.user_attrs.items() if k.startswith(UNIT) or k == "job"}
-            params = {**last.system_attrs.get("fixed_params", {}), **last.params}
-            self.enqueue(f"after-{last.number}", params, root=entry.number, **inherited)
+            self.enqueue(f"after-{last.number}", entry.params, root=entry.number, **inherited)
         return again
 
     def heartbeat(self, number: int) -> Callable[[], None] | None:

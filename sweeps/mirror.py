@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from lda.runs import write_json
 from sweeps.folders import BASELINE, StudyFolder, unit_name
-from sweeps.jobs import Job, job_of
+from sweeps.jobs import Job, entry_job
 from sweeps.ledger import Entry, fault
 from sweeps.spec import StudySpec
 
@@ -29,13 +29,13 @@ class Mirror:
         """Bring the files up to date. Configurations that nobody began have none."""
         confirmed: dict[str, list[str]] = defaultdict(list)
         for entry in confirm:
-            job = job_of(self._spec, entry.last)
+            job = entry_job(self._spec, entry)
             confirmed[job.trial] += self._units(job) if entry.begun else []
         for entry in search:
             if entry.begun:
-                job = job_of(self._spec, entry.last)
+                job = entry_job(self._spec, entry)
                 self._write(job.trial, self._record(entry, job) | {"confirm_units": confirmed[job.trial]})
-        baseline = [entry for entry in confirm if job_of(self._spec, entry.last).trial == BASELINE and entry.begun]
+        baseline = [entry for entry in confirm if entry_job(self._spec, entry).trial == BASELINE and entry.begun]
         if baseline:
             self._write(BASELINE, self._baseline(baseline) | {"confirm_units": confirmed[BASELINE]})
 

@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
         prog="sweeps/run.py",
         description="Run a study of LDA. The same command goes on with one that was interrupted.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--study", help="a study's name (see --list), or a YAML file", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="list the studies with their cost")

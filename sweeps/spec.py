@@ -37,13 +37,13 @@ class Pruning:
     in difficulty, so raw scores of different targets do not compare.
 
     Attributes:
-        rule: median, percentile or none.
-        percentile: with rule percentile, keep a trial while it is within this top share (50 = median).
+        rule: percentile or none.
+        percentile: a trial goes on while its best value so far is in this top share of the others' (50: median).
         startup_trials: finished trials before anything is pruned.
         warmup_units: units (targets) of a trial that always finish.
     """
 
-    rule: Literal["median", "percentile", "none"] = "median"
+    rule: Literal["percentile", "none"] = "percentile"
     percentile: Annotated[float, Field(gt=0, lt=100)] = 50.0
     startup_trials: Count = 4
     warmup_units: Count = 1

@@ -11,7 +11,6 @@ import hashlib
 import os
 import platform
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -23,16 +22,17 @@ from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
-from optuna.trial import Trial
+from optuna.trial import Trial, TrialState
 
 from lda.errors import UsageError
-from lda.tracking import RunLabels
-from lda.trainer import Progress, TrainingError, run_unit
+from lda.trainer import TrainingError
 from sweeps.assignment import EXIT_USAGE, STOP_SECONDS, Assignment
-from sweeps.folders import StudyFolder, WorkerSign, read_json, unit_name
+from sweeps.attempt import Attempt
+from sweeps.folders import StudyFolder, WorkerSign
 from sweeps.heartbeat import Heartbeat
 from sweeps.jobs import Job, confirm_study, job_of
-from sweeps.ledger import UNIT, Budget, Kind, Ledger
+from sweeps.ledger import Budget, Entry, Kind, Ledger
+from sweeps.pruning import PrunedError, build_pruner
 from sweeps.space import distributions
 from sweeps.spec import StudySpec, from_dict
 from sweeps.storage import open_storage, patiently
@@ -70,6 +70,7 @@ class Worker:
         if search.sampler == "grid":
             self.budget = Budget(0, search.retries)
         self.search = self._open(assignment.study, self.budget)
+        self.search.study.pruner = build_pruner(search.pruning, self.spec.config(self.spec.targets[0], 0, {}).epochs)
         self.confirm: Ledger | None = None
         self.distributions = distributions(search.space)
         self._status: dict[str, Any] = {}
@@ -112,17 +113,20 @@ class Worker:
         beat = ledger.heartbeat(trial.number)
         limit = self.spec.grace_seconds - self.spec.heartbeat_seconds
         heart = Heartbeat(beat or (lambda: None), self.spec.heartbeat_seconds, limit)
-        self._event(f"{_title(job)} started{_settings(job)}")
         with heart:
+            self._event(f"{job.title} started ({job.settings})")
             self._guarded(ledger, trial, job, heart)
 
     def _guarded(self, ledger: Ledger, trial: Trial, job: Job, heart: Heartbeat) -> None:
         """Run the attempt; whatever happens, the storage learns how it ended."""
         try:
-            score = self._units(trial, job, heart)
+            score = self._attempt_of(trial, job, heart).score()
             heart.check()
             self._patiently(lambda: ledger.study.tell(trial, score, skip_if_finished=True))
-            self._event(f"{_title(job)} complete: score {score:.1%}")
+            self._event(f"{job.title} complete: score {score:.1%}")
+        except PrunedError as pruned:
+            self._patiently(lambda: ledger.study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True))
+            self._event(f"{job.title} pruned: {pruned}")
         except Stopped:
             self._fail(ledger, trial, job, "interrupted", "stopped by the user")
         except TrainingError as error:
@@ -136,69 +140,34 @@ class Worker:
             self._fail(ledger, trial, job, "error", f"{type(error).__name__}: {error}".strip().splitlines()[0])
             raise SystemExit(1) from None
 
-    def _fail(self, ledger: Ledger, trial: Trial, job: Job, kind: Kind, reason: str) -> None:
-        self._event(f"{_title(job)} {'interrupted' if kind == 'interrupted' else 'failed'}: {reason}")
-        self._patiently(lambda: ledger.release(trial.number, kind, reason))
-
-    def _units(self, trial: Trial, job: Job, heart: Heartbeat) -> float:
-        """Run the job's units in the study's order. Returns its score: the mean of their selection scores."""
-        return statistics.fmean(self._unit(trial, job, target, heart) for target in self.spec.targets)
-
-    def _unit(self, trial: Trial, job: Job, target: str, heart: Heartbeat) -> float:
-        config = self.spec.config(target, job.seed, job.changes).replace(threads=self.assignment.threads)
-        unit = config.unit_hash(self.assignment.data_hash[target])
-        recorded = trial.user_attrs.get(UNIT + target)
-        if recorded is not None and recorded["unit"] == unit:  # by an earlier attempt, maybe on another machine
-            return float(recorded["score"])
-        self._say(state="running", trial=job.trial, target=target, seed=job.seed, epoch=0, epochs=config.epochs)
-
-        def on_progress(progress: Progress) -> None:
+    def _attempt_of(self, trial: Trial, job: Job, heart: Heartbeat) -> Attempt:
+        def check() -> None:
             heart.check()
             if self.stop.is_set():
                 raise Stopped
-            self._say(epoch=progress.epoch, images_per_second=progress.images_per_second)
-            if progress.score is not None:
-                self._say(score=progress.score)
 
-        folder = self.folder.unit(job.trial, target, job.seed)
-        result = self._finished_elsewhere(folder, unit) or run_unit(
-            config,
-            folder,
-            data_root=Path(self.assignment.data_root),
-            labels=self._labels(job, target),
-            on_progress=on_progress,
+        return Attempt(
+            assignment=self.assignment,
+            spec=self.spec,
+            folder=self.folder,
+            trial=trial,
+            job=job,
+            check=check,
+            say=self._say,
+            event=self._event,
+            patiently=self._patiently,
+            default_scores=self._default_scores,
         )
-        heart.check()
-        row = _recorded(result)
-        self._patiently(lambda: trial.set_user_attr(UNIT + target, row))
-        looked_at = "" if result["selection"]["rule"] == "oracle" else ", not used"
-        self._event(
-            f"{_title(job)} {target} done in {result['seconds']:.0f} s: selection score {row['score']:.1%} "
-            f"(target mAP {row['mAP']:.1%}, Rank-1 {row['rank1']:.1%}{looked_at})"
-        )
-        return float(row["score"])
 
-    def _finished_elsewhere(self, folder: Path, unit: str) -> dict[str, Any] | None:
-        """The result of the same unit in another trial of this study; its folder then stands here as a link."""
-        if folder.exists():
-            return None
-        other = self.folder.finished_unit(unit)
-        if other is None:
-            return None
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.symlink_to(os.path.relpath(other, folder.parent), target_is_directory=True)
-        self._event(f"{folder.parent.name} {folder.name} is {other.parent.name}'s, run before")
-        return read_json(other / "result.json")
+    def _default_scores(self) -> dict[str, float]:
+        """Target -> score of the defaults in the search, as far as they have been run."""
+        entries: list[Entry] = self._patiently(self.search.entries)
+        defaults = [entry.units for entry in entries if entry.params == self.spec.defaults]
+        return {target: unit["score"] for units in defaults for target, unit in units.items()}
 
-    def _labels(self, job: Job, target: str) -> RunLabels:
-        data = "stand-in" if self.assignment.data_hash[target] else "real"
-        return RunLabels(
-            group=f"{self.assignment.study}/{job.trial}",
-            job_type=job.job_type,
-            name=f"t{job.trial.removeprefix('trial-')}-{unit_name(target, job.seed)}",
-            tags=(data, self.assignment.study, target),
-            folder=self.folder.path,
-        )
+    def _fail(self, ledger: Ledger, trial: Trial, job: Job, kind: Kind, reason: str) -> None:
+        self._event(f"{job.title} {'interrupted' if kind == 'interrupted' else 'failed'}: {reason}")
+        self._patiently(lambda: ledger.release(trial.number, kind, reason))
 
     def _event(self, text: str) -> None:
         self.folder.event(text, self.id)
@@ -211,25 +180,6 @@ class Worker:
             self._status_written = time.monotonic()
             device = os.environ.get("CUDA_VISIBLE_DEVICES") or "cpu"
             self.sign.write({"worker": self.id, "device": device, "time": time.time(), **self._status})
-
-
-def _recorded(result: dict[str, Any]) -> dict[str, Any]:
-    """What the storage keeps of a finished unit, enough to go on without its folder."""
-    kept = {key: result[key] for key in ("unit", "mAP", "rank1", "seconds")}
-    return {**kept, "score": result["selection"]["score"], "host": platform.node()}
-
-
-def _title(job: Job) -> str:
-    return f"{job.trial} seed {job.seed}" if job.confirms else job.trial
-
-
-def _settings(job: Job) -> str:
-    if job.confirms:
-        return " to confirm"
-    values = (
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in job.changes.items()
-    )
-    return f" ({'defaults: ' if job.origin == 'default' else ''}{', '.join(values)})"
 
 
 def _watch_stdin(stop: threading.Event) -> None:

@@ -1,0 +1,128 @@
+"""One attempt at a configuration: its units one after the other, none that is finished again, and pruning between."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import Trial
+
+from lda.config import Config
+from lda.tracking import RunLabels
+from lda.trainer import Progress, run_unit
+from sweeps.assignment import Assignment
+from sweeps.folders import StudyFolder, read_json, unit_name
+from sweeps.jobs import Job
+from sweeps.ledger import UNIT
+from sweeps.pruning import PrunedError, running_mean
+from sweeps.spec import StudySpec
+
+
+@dataclass
+class Attempt:
+    """Runs the units of a job.
+
+    Attributes:
+        check: raises when the attempt must end (told to stop), or ends the process (fenced); called before every write.
+        say: tells the display what is done now.
+        event: adds a line to the study's events.
+        patiently: calls the storage until it answers.
+        default_scores: target -> score of the defaults, as far as known.
+    """
+
+    assignment: Assignment
+    spec: StudySpec
+    folder: StudyFolder
+    trial: Trial
+    job: Job
+    check: Callable[[], None]
+    say: Callable[..., None]
+    event: Callable[[str], None]
+    patiently: Callable[[Callable[[], Any]], Any]
+    default_scores: Callable[[], Mapping[str, float]]
+    _scores: dict[str, float] = field(default_factory=dict)
+
+    def score(self) -> float:
+        """Run what is not finished. Returns the mean of the units' selection scores. Raises PrunedError."""
+        for index, target in enumerate(self.spec.targets):
+            config = self.spec.config(target, self.job.seed, self.job.changes).replace(threads=self.assignment.threads)
+            recorded = self._recorded(target, config) or self._run(index, target, config)
+            self._scores[target] = float(recorded["score"])
+            self._judge((index + 1) * config.epochs, self._scores)
+        return statistics.fmean(self._scores.values())
+
+    def _unit(self, target: str, config: Config) -> str:
+        return config.unit_hash(self.assignment.data_hash[target])
+
+    def _recorded(self, target: str, config: Config) -> dict[str, Any] | None:
+        """What an earlier attempt, maybe on another machine, left of this unit in the storage."""
+        row: dict[str, Any] | None = self.trial.user_attrs.get(UNIT + target)
+        return row if row is not None and row["unit"] == self._unit(target, config) else None
+
+    def _run(self, index: int, target: str, config: Config) -> dict[str, Any]:
+        self.say(
+            state="running", trial=self.job.trial, target=target, seed=self.job.seed, epoch=0, epochs=config.epochs
+        )
+
+        def on_progress(progress: Progress) -> None:
+            self.check()
+            self.say(epoch=progress.epoch, images_per_second=progress.images_per_second)
+            if progress.score is not None:
+                self.say(score=progress.score)
+                self._judge(index * config.epochs + progress.epoch, {**self._scores, target: progress.score})
+
+        folder = self.folder.unit(self.job.trial, target, self.job.seed)
+        result = self._finished_elsewhere(folder, self._unit(target, config)) or run_unit(
+            config,
+            folder,
+            data_root=Path(self.assignment.data_root),
+            labels=self._labels(target),
+            on_progress=on_progress,
+        )
+        self.check()
+        row = {key: result[key] for key in ("unit", "mAP", "rank1", "seconds")}
+        row |= {"score": result["selection"]["score"], "host": platform.node()}
+        self.patiently(lambda: self.trial.set_user_attr(UNIT + target, row))
+        not_used = "" if result["selection"]["rule"] == "oracle" else ", not used"
+        self.event(
+            f"{self.job.title} {target} done in {row['seconds']:.0f} s: selection score {row['score']:.1%} "
+            f"(target mAP {row['mAP']:.1%}, Rank-1 {row['rank1']:.1%}{not_used})"
+        )
+        return row
+
+    def _judge(self, step: int, scores: Mapping[str, float]) -> None:
+        """Report where the trial stands; confirmations are never judged."""
+        if self.job.confirms:
+            return
+        value = running_mean(self.spec.targets, scores, self.default_scores())
+        if value is None:
+            return
+        self.patiently(lambda: self.trial.report(value, step))
+        if self.patiently(self.trial.should_prune):
+            raise PrunedError(
+                f"{value:+.1%} against the defaults after {len(scores)} of {len(self.spec.targets)} targets"
+            )
+
+    def _finished_elsewhere(self, folder: Path, unit: str) -> dict[str, Any] | None:
+        """The result of the same unit in another trial of this study; its folder then stands here as a link."""
+        if folder.exists() or (other := self.folder.finished_unit(unit)) is None:
+            return None
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.symlink_to(os.path.relpath(other, folder.parent), target_is_directory=True)
+        self.event(f"{folder.parent.name} {folder.name} is {other.parent.name}'s, run before")
+        return read_json(other / "result.json")
+
+    def _labels(self, target: str) -> RunLabels:
+        study, trial = self.assignment.study, self.job.trial
+        return RunLabels(
+            group=f"{study}/{trial}",
+            job_type=self.job.job_type,
+            name=f"t{trial.removeprefix('trial-')}-{unit_name(target, self.job.seed)}",
+            tags=("stand-in" if self.assignment.data_hash[target] else "real", study, target),
+            folder=self.folder.path,
+        )

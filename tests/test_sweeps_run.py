@@ -1,0 +1,200 @@
+"""The command itself: real studies on the tiny stand-in, interrupted, killed and gone on with; mistakes of the user."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from studies import REPOSITORY, Command, wait_for
+
+
+@pytest.fixture
+def command(tmp_path: Path, standin_tiny: Path) -> Command:
+    return Command(tmp_path, standin_tiny)
+
+
+def test_a_whole_study_and_the_same_command_again(tmp_path: Path, standin_tiny: Path) -> None:
+    command = Command(tmp_path, standin_tiny, spec={"confirm": {"top": 1, "seeds": 1}})
+    assert command.run("--workers", "2") == 0, command.output
+    study = json.loads((command.study / "study.json").read_text())
+    assert (study["study"], study["data"], study["selection"]) == ("mine", "stand-in", "source_validation")
+    assert study["defaults"] == {"bank_momentum": 0.9}
+
+    default, other, baseline = (command.trial(f"trial-{name}") for name in ("0000", "0001", "baseline"))
+    assert [trial["origin"] for trial in (default, other, baseline)] == ["default", "search", "baseline"]
+    assert {trial["state"] for trial in (default, other, baseline)} == {"complete"}
+    assert default["params"] == {"bank_momentum": 0.9} != other["params"]
+    assert default["units"] == ["cuhk03-s0", "market1501-s0"]
+    assert default["confirm_units"] == baseline["confirm_units"] == ["cuhk03-s1", "market1501-s1"]
+
+    units = command.results()
+    assert len(units) == 2 * 2 + 3 * 2
+    scores = []
+    for unit in default["units"]:
+        result = json.loads((command.study / "trial-0000" / unit / "result.json").read_text())
+        config = json.loads((command.study / "trial-0000" / unit / "config.json").read_text())["config"]
+        assert config["bank_momentum"] == 0.9
+        scores.append(result["selection"]["score"])
+    assert default["score"] == pytest.approx(statistics.fmean(scores))
+    assert "trial-0000 complete: score" in command.output
+    assert "2 trials complete" in command.output
+
+    events = command.events()
+    assert command.run() == 0
+    assert command.results() == units
+    assert command.events() == events
+
+
+def test_killed_in_the_second_trial_and_gone_on_with(command: Command) -> None:
+    coordinator = command.start()
+    wait_for(lambda: (command.study / "trial-0001/market1501-s0/config.json").exists(), process=coordinator)
+    command.kill_everything(coordinator)
+    before = command.results()
+    assert len(before) >= 3
+    assert command.run() == 0, command.output
+    after = command.results()
+    assert len(after) == 4
+    assert before.items() <= after.items()  # nothing finished was run again
+    trial = command.trial("trial-0001")
+    assert (trial["state"], trial["attempts"], trial["failures"]) == ("complete", 2, 0)
+    assert not (command.study / "trial-0002").exists()
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(command: Command) -> None:
+    coordinator = command.start("--set", "steps_per_epoch=400")
+    wait_for(lambda: (command.study / "trial-0000/cuhk03-s0/metrics.jsonl").exists(), process=coordinator)
+    coordinator.send_signal(signal.SIGINT)
+    assert coordinator.wait(30) == 130
+    assert "Go on with:\n  python sweeps/run.py --study" in command.output
+    assert "Traceback" not in command.output
+    assert command.workers() == []
+    assert command.trial("trial-0000")["failures"] == 0
+    assert list((command.study / "workers").glob("*.lock")) == []
+
+
+def test_a_worker_that_is_killed_is_replaced(command: Command) -> None:
+    coordinator = command.start()
+    wait_for(lambda: (command.study / "trial-0000/cuhk03-s0/config.json").exists(), process=coordinator)
+    (worker,) = command.workers()
+    os.kill(worker, signal.SIGKILL)
+    assert coordinator.wait(120) == 0, command.output
+    trial = command.trial("trial-0000")
+    assert (trial["state"], trial["attempts"], trial["failures"]) == ("complete", 2, 1)
+    assert any("was killed by signal 9, starting it again" in event for event in command.events())
+    assert len(command.results()) == 4
+
+
+def test_workers_end_with_their_coordinator(command: Command) -> None:
+    coordinator = command.start("--set", "steps_per_epoch=400")
+    wait_for(lambda: (command.study / "trial-0000/cuhk03-s0/metrics.jsonl").exists(), process=coordinator)
+    coordinator.kill()
+    coordinator.wait()
+    wait_for(lambda: command.workers() == [], 30)
+
+
+def test_a_study_that_changed_is_refused(command: Command) -> None:
+    assert command.run("--trials", "1") == 0, command.output
+    assert command.run("--trials", "1", "--set", "gem_p=2", "--seed", "5") == 2
+    assert "was begun with other settings: base.gem_p (None before, 2.0 now); seed (0 before, 5 now)" in command.output
+    assert command.run("--trials", "2") == 0, command.output  # the budget may grow
+    assert len(command.results()) == 4
+
+
+def test_a_loss_that_is_not_finite_is_counted_and_not_repeated(command: Command) -> None:
+    assert command.run("--set", "learning_rate=10", "optimizer=sgd", "steps_per_epoch=300", "--trials", "1") == 1
+    trial = command.trial("trial-0000")
+    assert (trial["state"], trial["attempts"]) == ("failed", 1)
+    assert "at step" in trial["reason"]
+    assert "0 trials complete, 0 pruned, 1 failed" in command.output
+
+
+def test_data_that_cannot_be_used_stops_the_study(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    command = Command(tmp_path, tmp_path / "empty")
+    assert command.run() == 2
+    assert "Traceback" not in command.output
+    for name in ("Market-1501", "MSMT17", "CUHK-SYSU", "CUHK03"):
+        assert name in command.output  # everything that is missing, at once
+    assert not command.study.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--study", "protcol3"], "unknown study 'protcol3' (did you mean 'protocol3'?)"),
+        (["--study", "smoke", "--set", "epoch=3"], "unknown setting 'epoch' (did you mean 'epochs'?)"),
+        (["--study", "smoke", "--set", "epochs=0"], "epochs: 0 is out of range, expected 1 to"),
+        (["--study", "smoke", "--set", "epochs"], "expected KEY=VALUE"),
+        (["--study", "smoke", "--set", "bank_momentum=2"], "bank_momentum: 2.0 is out of range"),
+        (["--study", "smoke", "--data-root", "nowhere"], "--data-root nowhere: there is no such folder"),
+        (["--study", "smoke", "--trials", "0"], "argument --trials: expected 1 or more, got '0'"),
+        (["--study", "smoke", "--storage", "mysql://u:pw@h/d"], "--storage mysql://u:***@h/d: unknown kind of storage"),
+        (["--study", "smoke", "--join"], "--join: no study 'smoke' in runs/smoke; start it without --join first"),
+        (["--study", "smoke", "--join", "--seed", "1"], "--join takes the study as it runs; leave out --seed"),
+        ([], "--study NAME is missing; one of: "),
+    ],
+)
+def test_mistakes_end_with_one_line_and_exit_2(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "sweeps" / "run.py"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--list"], ["--study", "protocol3", "--dry-run"]])
+def test_answers_at_once_without_torch_or_optuna(tmp_path: Path, arguments: list[str]) -> None:
+    program = (
+        "import sys; from sweeps.run import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'optuna', 'wandb', 'numpy'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Protocol-3, leave one domain out" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_coordinator_needs_no_torch() -> None:
+    program = "import sys, sweeps.coordinator; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_dry_run_tells_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sweeps.run import main
+
+    options = ["--set", "bank_momentum=0.8", "--trials", "4", "--confirm-seeds", "0", "--output", str(tmp_path / "o")]
+    assert main(["--study", "protocol3", "--dry-run", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "CUHK03 from Market-1501, MSMT17, CUHK-SYSU" in printed
+    assert "consistency_weight: 0.01 to 5, log; default 0.1" in printed
+    assert "fixed      bank_momentum=0.8" in printed
+    assert "units      12" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_password_never_reaches_the_list_of_processes(tmp_path: Path) -> None:
+    url = "postgresql://u:s3cret@192.0.2.1/lab"  # an address that never answers
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "sweeps" / "run.py"), "--study", "smoke", f"--storage={url}", "--output", "o"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    command = Path(f"/proc/{process.pid}/cmdline")
+    wait_for(lambda: b"s3cret" not in command.read_bytes(), 10)
+    assert b"--output" in command.read_bytes()
+    process.kill()
+    output, _ = process.communicate()
+    assert "s3cret" not in output
