@@ -1,0 +1,248 @@
+"""The poster's figure: Buffer Bank statistics of every source domain, and how far the domains are apart.
+
+    python analysis/buffer_bank.py runs/protocol3
+
+Writes buffer_bank.png and .pdf (curves of some channels), buffer_bank.csv (all statistics), and
+buffer_bank_distances.png, .pdf and .csv (2-Wasserstein distance of every pair of domains).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from analysis.banks import STATISTICS, Bank, channel_curves, choose_layers, closest_pairs, domain_distances, read_bank
+from analysis.command import exit_code
+from analysis.figures import colour, marker, new_figure, save, style
+from analysis.records import Study, load_study, print_name, read_json
+from lda.errors import UsageError, unknown
+from lda.runs import atomic
+
+BANK_FILE = "buffer_bank.npz"
+
+
+# --- what to draw ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """The bank of one unit and where it is from."""
+
+    bank: Bank
+    unit: Path
+    title: str
+
+
+def open_source(run_or_study: Path, unit: str | None = None) -> Source:
+    """The bank of a run's folder, or of one unit of a study.
+
+    Of a study, by default the best trial's first target (trial 0's while nothing is complete); `unit` names another, as
+    `trial-0003/cuhk03-s0`. Raises UsageError for a folder that is neither, an unknown unit, or a unit without a bank.
+    """
+    if (run_or_study / "config.json").is_file():
+        if unit is not None:
+            raise UsageError(f"--unit {unit}: {run_or_study} is a single run already; --unit chooses from a study")
+        return _opened(run_or_study, f"run {run_or_study.resolve().name}")
+    study = load_study(run_or_study)
+    folder = run_or_study / (_default_unit(study) if unit is None else _named_unit(study, unit))
+    return _opened(folder, f"study {study.name}, {folder.parent.name}")
+
+
+def _opened(unit: Path, where: str) -> Source:
+    if not (unit / BANK_FILE).is_file():
+        config = read_json(unit / "config.json")["config"]
+        why = "the plain baseline has none" if config["method"] == "baseline" else "the run is not finished"
+        raise UsageError(f"{unit} holds no {BANK_FILE}: {why}")
+    config = read_json(unit / "config.json")["config"]
+    finished = (unit / "result.json").is_file()
+    data = read_json(unit / "result.json")["data"] if finished else "data unknown, unfinished run"
+    return Source(
+        read_bank(unit / BANK_FILE), unit, f"{where}, unseen target {print_name(config['target'])} ({data} data)"
+    )
+
+
+def _banks(study: Study) -> dict[str, str]:
+    """`trial/unit` -> trial of every unit that has a bank, in the order of the study's units."""
+    units = study.units
+    return {
+        f"{row.trial}/{row.unit}": row.trial for row in units.itertuples() if (Path(row.path) / BANK_FILE).is_file()
+    }
+
+
+def _default_unit(study: Study) -> str:
+    banks = _banks(study)
+    if not banks:
+        raise UsageError(f"{study.folder} holds no {BANK_FILE} yet; a unit writes it when it ends")
+    best = study.best_trial()
+    for trial in ([] if best is None else [best["name"]]) + ["trial-0000"]:
+        for unit, its_trial in banks.items():
+            if its_trial == trial:
+                return unit
+    return next(iter(banks))
+
+
+def _named_unit(study: Study, unit: str) -> str:
+    banks = _banks(study)
+    if unit not in banks:
+        raise UsageError(f"--unit: {unknown('unit', unit, banks)}")
+    return unit
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def draw_curves(axes: Axes, curves: pd.DataFrame) -> Axes:
+    """One line per domain over the channels of one layer and statistic: rows of `channel_curves`."""
+    for position, (domain, line) in enumerate(curves.groupby("domain", sort=False)):
+        ordered = line.sort_values("position")
+        axes.plot(
+            ordered["position"],
+            ordered["value"],
+            color=colour(str(domain), position),
+            marker=marker(str(domain), position),
+            markersize=2.5,
+            linewidth=max(2.2 - 0.4 * position, 1.0),  # two domains that coincide still show both colours
+            label=print_name(str(domain)),
+        )
+    axes.margins(x=0.02)
+    return axes
+
+
+def bank_figure(bank: Bank, layers: Sequence[str], title: str, channels: int = 32, relative: bool = False) -> Figure:
+    """Means above, standard deviations below, a column per layer; see `channel_curves` for `channels`, `relative`."""
+    curves = channel_curves(bank, layers, channels, relative)
+    figure, panels = new_figure(len(STATISTICS), len(layers), width=max(3.1 * len(layers), 6.2), height=5.0)
+    with style():
+        for (row, column), axes in np.ndenumerate(panels):
+            layer, statistic = layers[column], STATISTICS[row]
+            draw_curves(axes, curves[(curves["layer"] == layer) & (curves["statistic"] == statistic)])
+            if row == 0:
+                total = bank.mean[layer].shape[1]
+                axes.set_title(f"{layer}, {min(channels, total)} of {total} channels")
+            if column == 0:
+                axes.set_ylabel(f"{statistic}{', relative' if relative else ''}")
+        panels[-1, len(layers) // 2].set_xlabel("channels that differ most between domains, sorted by average")
+        figure.suptitle(title)
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def draw_distances(axes: Axes, distances: pd.DataFrame) -> Axes:
+    """Annotated heat map of `domain_distances`; the closest pair is framed."""
+    names = [print_name(domain) for domain in distances.index]
+    shown = pd.DataFrame(distances.to_numpy(), index=names, columns=names)
+    sns.heatmap(
+        shown,
+        mask=np.eye(len(names), dtype=bool),
+        annot=True,
+        fmt=".3f",
+        cmap="crest",
+        square=True,
+        linewidths=1,
+        cbar_kws={"label": "distance, root mean square over channels", "shrink": 0.8},
+        ax=axes,
+    )
+    axes.grid(visible=False)
+    axes.set(xlabel="", ylabel="")
+    axes.tick_params(axis="y", rotation=0)
+    if len(names) > 1:
+        first, second, _ = closest_pairs(distances)[0]
+        a, b = list(distances.index).index(first), list(distances.index).index(second)
+        for row, column in ((a, b), (b, a)):
+            axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=2, clip_on=False))
+    return axes
+
+
+def distance_figure(distances: pd.DataFrame, title: str) -> Figure:
+    """The distance matrix, with its closest pair in the title."""
+    figure, panels = new_figure(1, 1, width=5.4, height=4.6)
+    with style():
+        first, second, distance = closest_pairs(distances)[0]
+        draw_distances(panels[0, 0], distances)
+        panels[0, 0].set_title(f"closest: {print_name(first)} and {print_name(second)}, {distance:.3f}")
+        figure.suptitle(title)
+    return figure
+
+
+# --- command ---------------------------------------------------------------------------------------------------------
+
+
+def write_all(source: Source, output: Path, layers: Sequence[str], channels: int, relative: bool) -> list[Path]:
+    """Write figures and numbers into a folder. Returns the files."""
+    bank = source.bank
+    every = channel_curves(bank, bank.layers, channels=sys.maxsize)
+    numbers = every.pivot(index=["layer", "domain", "channel"], columns="statistic", values="value").reset_index()
+    figure = bank_figure(bank, layers, f"Buffer Bank, {source.title}", channels, relative)
+    written = [save(figure, output / f"buffer_bank.{kind}") for kind in ("png", "pdf")]
+    written.append(_write_csv(numbers, output / "buffer_bank.csv"))
+    if len(bank.domains) > 1:
+        distances = domain_distances(bank)
+        title = f"2-Wasserstein distance of Buffer Bank rows, mean over {len(bank.layers)} layers"
+        figure = distance_figure(distances, f"{title}\n{source.title}")
+        written += [save(figure, output / f"buffer_bank_distances.{kind}") for kind in ("png", "pdf")]
+        written.append(_write_csv(distances.reset_index(), output / "buffer_bank_distances.csv"))
+    return written
+
+
+def _write_csv(table: pd.DataFrame, path: Path) -> Path:
+    with atomic(path) as file:
+        file.write(table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    return path
+
+
+def describe(source: Source) -> str:
+    """What was read, and every pair's distance, for the terminal."""
+    lines = [f"Buffer Bank of {source.unit}: {source.title}"]
+    if source.bank.unseen:
+        lines.append(f"left out, never seen in training: {', '.join(map(print_name, source.bank.unseen))}")
+    if len(source.bank.domains) > 1:
+        lines.append("2-Wasserstein distance, closest first:")
+        for first, second, distance in closest_pairs(domain_distances(source.bank)):
+            lines.append(f"  {distance:8.4f}  {print_name(first)} - {print_name(second)}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python analysis/buffer_bank.py RUN_OR_STUDY`: 0 done, 1 failed, 2 bad usage."""
+    parser = argparse.ArgumentParser(
+        prog="python analysis/buffer_bank.py",
+        description="Draw the Buffer Bank statistics of every source domain and the distances between domains.",
+        epilog="--relative: (value - average over domains) / average standard deviation of the channel.",
+    )
+    parser.add_argument("run_or_study", type=Path, help="folder of a run, or of a study, for example runs/protocol3")
+    parser.add_argument(
+        "--unit", help="unit of the study (default: best trial's first), for example trial-0003/cuhk03-s0"
+    )
+    parser.add_argument("--layers", nargs="+", default=[], help="layers to draw (default: first, middle and last)")
+    parser.add_argument("--channels", type=int, default=32, help="channels of a layer to draw (default: %(default)s)")
+    parser.add_argument("--relative", action="store_true", help="draw differences to the domains' average, see below")
+    parser.add_argument("--output", type=Path, help="folder for the files (default: RUN_OR_STUDY)")
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        if options.channels < 1:
+            raise UsageError(f"--channels: expected at least 1, got {options.channels}")
+        source = open_source(options.run_or_study, options.unit)
+        layers = choose_layers(source.bank, options.layers)
+        print(describe(source))
+        for path in write_all(
+            source, options.output or options.run_or_study, layers, options.channels, options.relative
+        ):
+            print(path)
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
