@@ -35,11 +35,19 @@ Losses = dict[str, Tensor]
 
 
 class TrainingBatch(Protocol):
-    """What a step needs of a batch: images (B, 3, H, W), labels (B,) within the domain, domains (B,)."""
+    """What a step needs of a batch."""
 
-    images: Tensor
-    labels: Tensor
-    domains: Tensor
+    @property
+    def images(self) -> Tensor:
+        """(B, 3, H, W), normalised."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(B,) identities within their domain."""
+
+    @property
+    def domains(self) -> Tensor:
+        """(B,) domain indices."""
 
 
 class Baseline(nn.Module):

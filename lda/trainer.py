@@ -28,6 +28,8 @@ from lda.method import LDA, Losses, Method, build_method
 from lda.runs import RunFolder, environment, write_json
 from lda.tracking import RunLabels, Tracker
 
+_REMEDY = "try a lower learning_rate or a longer warmup_epochs"
+
 
 class TrainingError(RuntimeError):
     """A run that cannot go on: the message names the term, the step and what to try."""
@@ -131,10 +133,15 @@ class Trainer:
             domain = self.task.sources[int(batch.domains[0])].name
             raise TrainingError(
                 f"{name} is {scalars[name]} at step {self.step} (epoch {self.step // self.config.steps_per_epoch}, "
-                f"domain {domain}, learning rate {learning_rate(self.config, self.step):.2g}); "
-                "try a lower learning_rate or a longer warmup_epochs"
+                f"domain {domain}, learning rate {learning_rate(self.config, self.step):.2g}); {_REMEDY}"
             )
         return scalars
+
+    def check_weights(self) -> None:
+        """Raises TrainingError when a step left weights or statistics that are not finite (its loss may have been)."""
+        for name, values in self.method.state_dict().items():
+            if not bool(values.isfinite().all()):
+                raise TrainingError(f"{name} is not finite after step {self.step}; {_REMEDY}")
 
     def checkpoint(self, unit: str, seconds: float = 0.0) -> Checkpoint:
         """The state after the last step."""
@@ -274,6 +281,7 @@ class _Unit:
                 self._log({"step": step, "epoch": epoch, **scalars, "images_per_second": self.images_per_second})
             score = None
             if step % config.steps_per_epoch == 0:
+                trainer.check_weights()
                 if config.evaluate_every and epoch % config.evaluate_every == 0 and epoch < config.epochs:
                     score = self._intermediate_score()
                 if epoch % config.checkpoint_every == 0 or epoch == config.epochs:

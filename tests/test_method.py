@@ -243,3 +243,21 @@ def test_contradictions_are_told() -> None:
     with pytest.raises(UsageError, match="set inference=expert"):
         build_method(small(network_a="none"), NUM_IDS)
     build_method(small(network_a="in"), [5])
+
+
+# Total losses of five Adam steps on random images, seed 0, CPU. What should not alter numbers must not alter these.
+GOLDEN = {"lda": [2.1767, 2.5890, 4.9103, 4.5100, 5.1874], "baseline": [3.4576, 3.5343, 3.7388, 3.7544, 3.5817]}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_losses(name: str) -> None:
+    method = build_method(small(method=name, warmup_epochs=0), NUM_IDS)
+    optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=1e-3)
+    totals = []
+    for step in range(5):
+        loss = method.training_losses(batch(step % 3, seed=step), step)["loss/total"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals.append(loss.item())
+    assert totals == pytest.approx(GOLDEN[name], rel=1e-3)

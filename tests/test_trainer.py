@@ -1,0 +1,301 @@
+"""Training on the real tiny stand-in: schedule, exact resume, failures, the files of a unit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lda
+from lda import evaluate, train
+from lda.checkpoint import read_checkpoint
+from lda.config import Config, preset
+from lda.errors import UsageError
+from lda.runs import read_metrics
+from lda.trainer import Progress, TrainingError, learning_rate, run_unit
+
+
+def quick(**changes: Any) -> Config:
+    """A run of seconds."""
+    settings = {"epochs": 3, "steps_per_epoch": 4, "warmup_epochs": 1, "milestones": (2,), "bank_warmup_updates": 1}
+    settings |= {"evaluate_every": 1, "log_every": 1, "threads": 1, "wandb": "disabled", "protocol": "protocol3"}
+    return preset("standin", **{**settings, **changes})
+
+
+class StopError(RuntimeError):
+    """Raised by a test in the middle of a run."""
+
+
+def stop_at(step: int) -> Any:
+    def on_progress(progress: Progress) -> None:
+        if progress.step == step:
+            raise StopError
+
+    return on_progress
+
+
+@pytest.fixture(scope="module")
+def finished(standin_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished unit."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_unit(quick(), folder, data_root=standin_tiny)
+    return folder
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    checkpoint = read_checkpoint(folder / "checkpoint.pt")
+    return {
+        **checkpoint.method,
+        **{f"optimizer/{k}/{n}": v for k, s in checkpoint.optimizer["state"].items() for n, v in s.items()},
+    }
+
+
+def assert_same(left: Path, right: Path) -> None:
+    ours, theirs = state_of(left), state_of(right)
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
+    rows = [
+        [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(f / "metrics.jsonl")]
+        for f in (left, right)
+    ]
+    assert rows[0] == rows[1]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (left, right)]
+    for result in results:
+        del result["seconds"], result["images_per_second"]
+    assert results[0] == results[1]
+
+
+def test_learning_rate_schedule() -> None:
+    config = quick(learning_rate=1.0, warmup_factor=0.2, epochs=6, milestones=(2, 4), gamma=0.1)
+    rates = [learning_rate(config, step) for step in range(24)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[7:10] == pytest.approx([1.0, 0.1, 0.1])
+    assert rates[16:] == pytest.approx([0.01] * 8)
+    assert learning_rate(config.replace(warmup_epochs=0), 0) == 1.0
+
+
+def test_unit_leaves_its_files(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"config.json", "env.json", "metrics.jsonl", "checkpoint.pt", "buffer_bank.npz", "result.json"}
+    result = json.loads((finished / "result.json").read_text())
+    assert result["data"] == "stand-in"
+    assert result["selection"]["rule"] == "source_validation"
+    assert set(result["selection"]["per_source"]) == {"msmt17", "cuhk_sysu", "cuhk03"}
+    assert result["selection"]["score"] == pytest.approx(np.mean(list(result["selection"]["per_source"].values())))
+    assert 0.0 < result["mAP"] <= 1.0
+    assert result["steps"] == 12
+    assert 1.0 <= result["feature/effective_rank"] <= 192
+    rows = read_metrics(finished / "metrics.jsonl")
+    losses = [row for row in rows if "loss/total" in row]
+    assert [row["step"] for row in losses] == list(range(1, 13))
+    assert "loss/alignment" in losses[-1]
+    assert [row["step"] for row in rows if "val/mAP" in row] == [4, 8, 12]
+
+
+def test_bank_file_is_the_trained_bank(finished: Path) -> None:
+    state = read_checkpoint(finished / "checkpoint.pt").method
+    with np.load(finished / "buffer_bank.npz") as bank:
+        assert bank["domains"].tolist() == ["msmt17", "cuhk_sysu", "cuhk03"]
+        layers = bank["layers"].tolist()
+        assert layers[0] == "bn1"
+        assert layers[-1] == "output"
+        np.testing.assert_array_equal(bank["var/layer2.0.bn1"], state["backbone.layer2.0.bn1.bank.var"].numpy())
+        assert int(bank["count/bn1"].sum()) == 12
+
+
+def test_finished_unit_is_returned_at_once(finished: Path, standin_tiny: Path) -> None:
+    before = (finished / "result.json").stat().st_mtime_ns
+    result = run_unit(quick(), finished, data_root=standin_tiny, on_progress=stop_at(1))
+    assert result == json.loads((finished / "result.json").read_text())
+    assert (finished / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("step", [4, 6, 12])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    step: int, finished: Path, standin_tiny: Path, tmp_path: Path
+) -> None:
+    """Bit for bit: weights, banks, optimiser, metrics, result."""
+    with pytest.raises(StopError):
+        run_unit(quick(), tmp_path, data_root=standin_tiny, on_progress=stop_at(step))
+    assert not (tmp_path / "result.json").exists()
+    seen: list[int] = []
+    run_unit(quick(), tmp_path, data_root=standin_tiny, on_progress=lambda p: seen.append(p.step))
+    assert seen == list(range(step // 4 * 4 + 1, 13))
+    assert_same(tmp_path, finished)
+
+
+def test_killed_and_continued_equals_uninterrupted(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
+    """The same with SIGKILL on the real command."""
+    settings = [
+        f"{k}={v}"
+        for k, v in quick().to_dict().items()
+        if k
+        in (
+            "epochs",
+            "steps_per_epoch",
+            "warmup_epochs",
+            "bank_warmup_updates",
+            "evaluate_every",
+            "log_every",
+            "threads",
+            "wandb",
+        )
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "lda.train",
+        "--data-root",
+        str(standin_tiny),
+        "--preset",
+        "standin",
+        "--output",
+        str(tmp_path),
+        "--set",
+        *settings,
+        "milestones=2",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "lda on market1501 (stand-in, fused, step AP): mAP" in done.stdout
+    assert_same(tmp_path, finished)
+
+
+def test_number_of_loader_workers_changes_nothing(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
+    run_unit(quick(loader_workers=2), tmp_path, data_root=standin_tiny)
+    assert_same(tmp_path, finished)
+
+
+def test_truncated_checkpoint_starts_again(finished: Path, standin_tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(StopError):
+        run_unit(quick(), tmp_path, data_root=standin_tiny, on_progress=stop_at(9))
+    content = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    run_unit(quick(), tmp_path, data_root=standin_tiny)
+    assert "starting the unit again" in capsys.readouterr().err
+    assert_same(tmp_path, finished)
+
+
+def test_non_finite_loss_names_term_and_step(standin_tiny: Path, tmp_path: Path) -> None:
+    config = quick(learning_rate=10.0, warmup_epochs=0, optimizer="sgd", steps_per_epoch=40, gamma=1.0)
+    message = r"loss/\w+ is (nan|inf) at step \d+ \(epoch 0, domain \w+, learning rate 10\); try a lower"
+    with pytest.raises(TrainingError, match=message):
+        run_unit(config, tmp_path, data_root=standin_tiny)
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(standin_tiny: Path, tmp_path: Path) -> None:
+    """The step that breaks the weights has a finite loss; no later loss of the epoch tells."""
+    config = quick(learning_rate=10.0, warmup_epochs=0, optimizer="sgd", steps_per_epoch=1, gamma=1.0, weight_decay=1.0)
+    with pytest.raises(TrainingError, match=r"is not finite after step|loss/"):
+        run_unit(config.replace(epochs=60, evaluate_every=0), tmp_path, data_root=standin_tiny)
+    if (tmp_path / "checkpoint.pt").exists():
+        assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "checkpoint.pt").method.values())
+
+
+def test_other_configuration_in_the_same_folder_is_refused(finished: Path, standin_tiny: Path) -> None:
+    with pytest.raises(UsageError, match="differ in: bank_momentum"):
+        run_unit(quick(bank_momentum=0.5), finished, data_root=standin_tiny)
+
+
+def test_source_scores_do_not_see_the_target(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
+    """Selection on the target happens under the name oracle only."""
+    rows = read_metrics(finished / "metrics.jsonl")
+    assert not any("market1501" in key or "oracle" in key for row in rows for key in row)
+    result = run_unit(quick(selection="oracle"), tmp_path, data_root=standin_tiny)
+    assert result["selection"] == {"rule": "oracle", "score": result["mAP"], "per_source": {}}
+    assert any("val/oracle" in row for row in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_baseline_unit_has_no_bank(standin_tiny: Path, tmp_path: Path) -> None:
+    result = run_unit(quick(method="baseline"), tmp_path, data_root=standin_tiny)
+    assert result["inference"] == "plain"
+    assert not (tmp_path / "buffer_bank.npz").exists()
+
+
+def test_in_domain_trains_on_the_targets_training_part(standin_tiny: Path, tmp_path: Path) -> None:
+    result = run_unit(quick(method="baseline", protocol="in_domain"), tmp_path, data_root=standin_tiny)
+    assert set(result["selection"]["per_source"]) == {"market1501"}
+
+
+def test_loaded_checkpoint_extracts_features(finished: Path) -> None:
+    method = lda.load(finished / "checkpoint.pt")
+    images = torch.randn(2, 3, 64, 32)
+    with torch.inference_mode():
+        features = method(images)
+    assert features.shape == (2, 192)
+    assert not method.training
+
+
+def test_evaluate_command_agrees_with_the_run(finished: Path, standin_tiny: Path, capsys: Any) -> None:
+    arguments = ["--checkpoint", str(finished / "checkpoint.pt"), "--data-root", str(standin_tiny)]
+    assert evaluate.main([*arguments, "--target", "market1501"]) == 0
+    result = json.loads((finished / "result.json").read_text())
+    assert json.loads(capsys.readouterr().out)["mAP"] == pytest.approx(result["mAP"], abs=1e-6)
+    assert evaluate.main([*arguments, "--target", "market1501", "--set", "inference=expert"]) == 0
+    assert json.loads(capsys.readouterr().out)["inference"] == "expert"
+    for more, message in (
+        (["--target", "market"], "did you mean 'market1501'"),
+        (["--target", "prid", "--set", "x=1"], "unknown setting"),
+    ):
+        assert evaluate.main([*arguments, *more]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--protocol", "protokol3"], "did you mean 'protocol3'"),
+        (["--target", "market"], "did you mean 'market1501'"),
+        (["--set", "bank_momentun=1"], "did you mean 'bank_momentum'"),
+        (["--set", "bank_momentum=7"], "out of range"),
+        (["--preset", "standing"], "did you mean 'standin'"),
+        (["--data-root", "/nowhere/at/all", "--preset", "standin"], "/nowhere/at/all"),
+        (["--set", "device=cuda:77"], "is not there"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(arguments: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
+    assert train.main(["--output", str(tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_interrupt_exits_130_and_says_how_to_go_on(standin_tiny: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "lda.train",
+        "--data-root",
+        str(standin_tiny),
+        "--preset",
+        "standin",
+        "--output",
+        str(tmp_path),
+    ]
+    command += ["--set", "epochs=500", "milestones=400", "threads=1", "wandb=disabled", "log_every=1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
