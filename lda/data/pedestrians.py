@@ -103,12 +103,16 @@ class Crop:
     pitch: float
     light: float
 
-    def pixel(self, u: float, v: float) -> Point:
-        """Pixel coordinates (x, y) of a point of the body plane."""
-        u *= 1.0 + 0.5 * self.pitch * (0.45 - v)
-        v = v * (1.0 + self.pitch) / (1.0 + self.pitch * v) if v > 0 else v
-        x = (u - self.left) / (self.right - self.left) * self.width
-        return x, (v - self.top) / (self.bottom - self.top) * self.height
+    def pixels(self, plane: Sequence[Point], lean: float = 0.0) -> list[Point]:
+        """Pixel coordinates (x, y) of points (u, v) of a body whose head is shifted by `lean`."""
+        pitch, left, top = self.pitch, self.left, self.top
+        scale_u, scale_v = self.width / (self.right - left), self.height / (self.bottom - top)
+        mapped = []
+        for u, v in plane:
+            wide = (u + lean * (1.0 - v)) * (1.0 + 0.5 * pitch * (0.45 - v))
+            tall = v * (1.0 + pitch) / (1.0 + pitch * v) if v > 0 else v
+            mapped.append(((wide - left) * scale_u, (tall - top) * scale_v))
+        return mapped
 
 
 def shade(colour: Colour, factor: float) -> Colour:
@@ -154,12 +158,10 @@ class _Figure:
         turn = math.sqrt(self.cos**2 + (0.6 * self.sin) ** 2)  # a body is about 0.6 as deep as it is wide
         self.shoulder, self.hip = person.shoulder * turn, person.hip * turn
         self.scale_u = crop.width / (crop.right - crop.left)
-        self.scale_v = crop.height / (crop.bottom - crop.top)
 
     # --- primitives --------------------------------------------------------------------------------------------------
     def points(self, plane: Sequence[Point]) -> list[Point]:
-        lean = self.pose.lean
-        return [self.crop.pixel(u + lean * (1.0 - v), v) for u, v in plane]
+        return self.crop.pixels(plane, self.pose.lean)
 
     def polygon(self, plane: Sequence[Point], colour: Colour, alpha: int = 255) -> None:
         self.draw.polygon(self.points(plane), fill=(*colour, alpha))
@@ -169,7 +171,8 @@ class _Figure:
         self.draw.line(self.points(plane), fill=(*colour, alpha), width=pixels)
 
     def ellipse(self, u: float, v: float, ru: float, rv: float, colour: Colour, alpha: int = 255) -> None:
-        self.polygon([(u + ru * c, v + rv * s) for c, s in _CIRCLE], colour, alpha)
+        (left, middle), (right, _), (_, low) = self.points(((u - ru, v), (u + ru, v), (u, v + rv)))
+        self.draw.ellipse((left, 2 * middle - low, right, low), fill=(*colour, alpha))
 
     def limb(self, joints: Sequence[Point], radii: Sequence[float], colour: Colour) -> None:
         """A chain of tapered capsules with a lit and a dark side."""

@@ -14,22 +14,15 @@ the same pixels compress differently under another zlib.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import secrets
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from functools import lru_cache
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lda.data.cache import cache_dir
 from lda.data.pedestrians import Person
+from lda.data.pool import cores, map_processes, progress
 from lda.data.standin_domains import DOMAINS, sample_person
 from lda.data.standin_layouts import LAYOUTS, SCALES, Plan, Shot
 from lda.data.standin_scenes import camera_of, photograph, stable_rng
@@ -91,7 +85,7 @@ def plans(scale: str, seed: int) -> dict[str, Plan]:
     return {name: plan(scale, stable_rng(seed, _key(name), 5)) for name, plan in LAYOUTS.items()}
 
 
-@lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def person_of(name: str, index: int, seed: int) -> Person:
     """Person `index` of a data set; no person is in two data sets."""
     return sample_person(DOMAINS[name].wardrobe, stable_rng(seed, _key(name), 0, index))
@@ -184,10 +178,11 @@ def _draw_tree(root: Path, scale: str, seed: int, processes: int | None) -> dict
         for path, content in plan.files.items():
             (root / path).write_bytes(content)
             digests[path] = hashlib.sha256(content).hexdigest()
-    with _progress(f"drawing stand-in {scale} (seed {seed})", shots) as advance:
-        for chunk in _drawn(chunks, root, scale, seed, processes or (1 if shots <= _ALONE else _cores())):
-            digests.update(chunk)
-            advance(len(chunk))
+    draw = functools.partial(draw_chunk, root=root, scale=scale, seed=seed)
+    with progress(f"drawing stand-in {scale} (seed {seed}): {shots:,} images", shots) as advance:
+        for drawn in map_processes(draw, chunks, processes or (1 if shots <= _ALONE else cores())):
+            digests.update(drawn)
+            advance(len(drawn))
     marker = {
         "version": VERSION,
         "scale": scale,
@@ -197,21 +192,6 @@ def _draw_tree(root: Path, scale: str, seed: int, processes: int | None) -> dict
     }
     (root / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
     return marker
-
-
-def _drawn(chunks: list[_Chunk], root: Path, scale: str, seed: int, processes: int) -> Iterator[dict[str, str]]:
-    """Draws and writes the chunks; yields the digests of each."""
-    if processes == 1:
-        for chunk in chunks:
-            yield draw_chunk(chunk, root, scale, seed)
-        return
-    context = multiprocessing.get_context("spawn")  # a forked child could inherit the locks of other threads
-    with ProcessPoolExecutor(processes, context, initializer=_follow_parent) as pool:
-        try:
-            yield from pool.map(draw_chunk, chunks, *([value] * len(chunks) for value in (root, scale, seed)))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def draw_chunk(chunk: _Chunk, root: Path, scale: str, seed: int) -> dict[str, str]:
@@ -229,40 +209,6 @@ def pixel_digest(file: bytes) -> str:
     """SHA-256 of an image file's size and decoded RGB pixels."""
     with Image.open(io.BytesIO(file)) as image:
         return hashlib.sha256(f"{image.size}".encode() + np.asarray(image.convert("RGB")).tobytes()).hexdigest()
-
-
-def _follow_parent() -> None:
-    """In a drawing process: leave Ctrl-C to the parent, and end when the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, one line elsewhere; both on standard error."""
-    if not sys.stderr.isatty():
-        print(f"{title}: {total:,} images", file=sys.stderr, flush=True)
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 # --- contact sheet ---------------------------------------------------------------------------------------------------
@@ -287,7 +233,7 @@ def contact_sheet(root: Path, path: Path, persons: int = 8) -> None:
 
 
 def _pairs(plan: Plan, persons: int) -> list[tuple[Shot, Shot]]:
-    """Two images of different cameras for each of the first persons that have them."""
+    """Two images of different cameras for each of `persons` persons, evenly spaced over those that have them."""
     by_person: dict[int, list[Shot]] = {}
     for shot in plan.shots:
         if not (shot.box.empty or shot.box.junk):
@@ -297,7 +243,7 @@ def _pairs(plan: Plan, persons: int) -> list[tuple[Shot, Shot]]:
         other = next((shot for shot in shots if shot.camera != shots[0].camera), None)
         if other is not None:
             pairs.append((shots[0], other))
-    return pairs[:persons]
+    return pairs[:: max(1, len(pairs) // persons)][:persons]
 
 
 # --- command ---------------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ class Domain:
         noise: sd, 0..255; quality: of the JPEG, or of the video codec for sets stored as PNG (0: none).
         gain: red, green, blue of the sensor; gain_spread, gamma_spread: sd between cameras; contrast, lift.
         light: contrast of the shading between a person's lit and dark side.
+        shade: probability that the edge of a hard shadow lies across the image; depth: its darkness, 0..255.
         occlusion: probability; occluders: weights of bicycle, pole, person, counter, shrub.
         passer: probability of another person behind.
     """
@@ -98,6 +99,8 @@ class Domain:
     contrast: float
     lift: float
     light: Range
+    shade: float
+    depth: Range
     occlusion: float
     occluders: Weights
     passer: float
@@ -247,8 +250,8 @@ _MIXED = Wardrobe(
 )  # fmt: skip
 _CAMPUS_WARM = Wardrobe(
     upper={"tee": 0.42, "shirt": 0.3, "hoodie": 0.14, "jacket": 0.14},
-    upper_colours={"white": 2, "grey": 2, "black": 2, "navy": 1.5, "blue": 1.5, "sky": 1, "silver": 1, "green": 0.8,
-                   "red": 0.8, "purple": 0.6, "teal": 0.6, "olive": 0.5, "charcoal": 1.2, "orange": 0.4},
+    upper_colours={"grey": 4, "silver": 3, "charcoal": 2.5, "navy": 2, "white": 1.5, "denim": 2, "black": 1.5,
+                   "blue": 1, "sky": 0.5, "red": 0.3, "teal": 0.4, "olive": 0.6, "khaki": 0.5, "purple": 0.3},
     patterns={"plain": 0.46, "stripes": 0.16, "checks": 0.2, "logo": 0.12, "block": 0.06},
     lower={"trousers": 0.7, "shorts": 0.22, "skirt": 0.08},
     lower_colours={"denim": 3, "black": 2, "navy": 1.3, "grey": 1.2, "faded": 1.3, "khaki": 1.1, "charcoal": 1,
@@ -261,10 +264,11 @@ _CAMPUS_WARM = Wardrobe(
 )  # fmt: skip
 
 _CUHK02 = Domain(
-    scene="cuhk", style="walkway", cameras=10, wardrobe=_CAMPUS_WARM, views=(0.4, 0.4, 0.2), view_spread=0.3,
-    pitch=(0.3, 0.6), height=(160, 160), aspect=(2.67, 2.67), half_width=0.19, margin=0.01, framing=0.25,
-    detail=(0.8, 1.0), blur=(0.0, 0.35), noise=(4.0, 7.0), quality=(0, 0), gain=(0.92, 1.0, 0.97),
-    gain_spread=0.03, gamma=1.15, gamma_spread=0.05, contrast=0.85, lift=-0.02, light=(0.1, 0.35), occlusion=0.05,
+    scene="cuhk", style="walkway", cameras=10, wardrobe=_CAMPUS_WARM, views=(0.3, 0.3, 0.4), view_spread=0.5,
+    pitch=(0.45, 0.85), height=(160, 160), aspect=(2.67, 2.67), half_width=0.19, margin=0.01, framing=0.25,
+    detail=(0.8, 1.0), blur=(0.0, 0.35), noise=(2.5, 4.5), quality=(0, 0), gain=(0.92, 1.0, 0.97),
+    gain_spread=0.03, gamma=1.08, gamma_spread=0.05, contrast=0.85, lift=-0.02, light=(0.1, 0.35),
+    shade=0.55, depth=(60.0, 115.0), occlusion=0.08,
     occluders={"person": 0.6, "pole": 0.4}, passer=0.1,
 )  # fmt: skip
 
@@ -273,21 +277,24 @@ DOMAINS: dict[str, Domain] = {
         scene="market", style="plaza", cameras=6, wardrobe=_SUMMER, views=(0.35, 0.35, 0.3), view_spread=0.55,
         pitch=(0.1, 0.3), height=(128, 128), aspect=(2, 2), half_width=0.22, margin=0.02, framing=1.0,
         detail=(0.6, 0.8), blur=(0.5, 0.9), noise=(2.0, 4.0), quality=(55, 75), gain=(1.05, 1.0, 0.93),
-        gain_spread=0.03, gamma=0.9, gamma_spread=0.05, contrast=1.0, lift=0.03, light=(0.4, 0.8), occlusion=0.15,
+        gain_spread=0.03, gamma=0.9, gamma_spread=0.05, contrast=1.0, lift=0.03, light=(0.4, 0.8), shade=0.12,
+        depth=(40.0, 80.0), occlusion=0.15,
         occluders={"bicycle": 0.55, "person": 0.35, "counter": 0.1}, passer=0.15,
     ),
     "msmt17": Domain(
         scene="msmt", style="campus", cameras=15, wardrobe=_WINTER, views=(0.3, 0.3, 0.4), view_spread=0.7,
         pitch=(0.0, 0.4), height=(112, 160), aspect=(2.1, 2.6), half_width=0.205, margin=0.015, framing=0.7,
         detail=(0.75, 1.0), blur=(0.1, 0.6), noise=(2.0, 5.0), quality=(75, 92), gain=(0.97, 1.0, 1.06),
-        gain_spread=0.045, gamma=1.05, gamma_spread=0.09, contrast=0.95, lift=0.0, light=(0.1, 0.7), occlusion=0.28,
+        gain_spread=0.045, gamma=1.05, gamma_spread=0.09, contrast=0.95, lift=0.0, light=(0.1, 0.7), shade=0.05,
+        depth=(40.0, 80.0), occlusion=0.28,
         occluders={"person": 0.45, "pole": 0.25, "bicycle": 0.2, "shrub": 0.1}, passer=0.25,
     ),
     "cuhk_sysu": Domain(
         scene="sysu", style="street", cameras=60, wardrobe=_MIXED, views=(0.45, 0.3, 0.25), view_spread=0.5,
         pitch=(-0.05, 0.08), height=(120, 176), aspect=(2.2, 2.9), half_width=0.235, margin=0.04, framing=0.4,
         detail=(0.85, 1.0), blur=(0.0, 0.4), noise=(0.5, 3.0), quality=(70, 90), gain=(1.04, 1.0, 0.98),
-        gain_spread=0.05, gamma=1.0, gamma_spread=0.09, contrast=1.12, lift=0.0, light=(0.1, 0.6), occlusion=0.18,
+        gain_spread=0.05, gamma=1.0, gamma_spread=0.09, contrast=1.12, lift=0.0, light=(0.1, 0.6), shade=0.05,
+        depth=(40.0, 80.0), occlusion=0.18,
         occluders={"person": 0.75, "counter": 0.15, "pole": 0.1}, passer=0.4,
     ),
     "cuhk02": _CUHK02,

@@ -68,6 +68,8 @@ def photograph(
         draw_person(image, person, _pose(domain, camera, rng), crop)
     if rng.random() < domain.occlusion:
         _occlude(image, domain, camera, crop, rng)
+    if rng.random() < domain.shade:
+        _cast_shadow(image, domain, rng)
     return _expose(image, camera, width, height, rng)
 
 
@@ -241,7 +243,7 @@ def _walkway(draw: ImageDraw.ImageDraw, w: int, h: int, horizon: float, rng: np.
 def _shadow(image: Image.Image, crop: Crop) -> None:
     """A soft dark patch where the person stands."""
     draw = ImageDraw.Draw(image, "RGBA")
-    x, y = crop.pixel(-0.05 if crop.light > 0 else 0.05, 0.985)
+    ((x, y),) = crop.pixels([(-0.05 if crop.light > 0 else 0.05, 0.985)])
     rx, ry = 0.17 / (crop.right - crop.left) * crop.width, 0.022 * crop.height
     for share in (1.0, 0.6):
         draw.ellipse((x - rx * share, y - ry * share, x + rx * share, y + ry * share), fill=(0, 0, 0, 60))
@@ -281,6 +283,15 @@ def _occlude(image: Image.Image, domain: Domain, camera: Camera, crop: Crop, rng
         draw.rectangle((0, rng.uniform(0.62, 0.85) * h, w, h), fill=blend(tone, (150, 110, 80), rng.random()))
     else:
         _blobs(draw, w, rng.uniform(0.85, 0.98) * h, 0.07 * h, (70, 88, 56), 60, rng)
+
+
+def _cast_shadow(image: Image.Image, domain: Domain, rng: np.random.Generator) -> None:
+    """The slanted edge of a building's or a roof's shadow over the ground and the person."""
+    w, h = image.size
+    edge, slope = rng.uniform(0.15, 0.85) * h, rng.uniform(-1.5, 1.5) * w
+    far = -h if rng.random() < 0.5 else 2 * h
+    plane = [(0, edge - slope), (w, edge + slope), (w, far), (0, far)]
+    ImageDraw.Draw(image, "RGBA").polygon(plane, fill=(0, 0, 8, round(rng.uniform(*domain.depth))))
 
 
 # --- optics and sensor -----------------------------------------------------------------------------------------------
