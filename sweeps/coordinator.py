@@ -406,12 +406,12 @@ def _last_line(log: Path) -> str:
     return lines[-1] if lines else "no message"
 
 
-def report(folder: Path, commands: Sequence[Sequence[str]]) -> list[str]:
+def report(commands: Sequence[Sequence[str]]) -> list[str]:
     """Run analysis commands on a finished study. Returns one line per command that failed: the study is safe anyway."""
     failed = []
     for command in commands:
-        done = subprocess.run([sys.executable, "-m", *command, str(folder)], stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, "-m", *command], stderr=subprocess.PIPE, text=True)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            failed.append(f"{' '.join(command)} failed: {reason}")
+            failed.append(f"{command[0]} failed: {reason}")
     return failed

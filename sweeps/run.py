@@ -207,7 +207,8 @@ def _coordinate(
     if not finished:
         print(f"interrupted; everything finished is kept. Go on with:\n  {plan.command}", file=sys.stderr)
         return 130
-    for line in report(folder, [["analysis.tables"], ["analysis.buffer_bank"]]):
+    figures = ["analysis.buffer_bank", str(folder), "--output", str(folder / "figures")]
+    for line in report([["analysis.tables", str(folder)], figures]):
         print(f"warning: {line}", file=sys.stderr)
     print(coordinator.summary())
     return 0 if coordinator.any_complete() else 1
