@@ -35,7 +35,7 @@ def map_processes(function: Callable[[_Job], _Result], jobs: Iterable[_Job], pro
         yield from map(function, jobs)
         return
     context = multiprocessing.get_context("spawn")  # a forked child could inherit the locks of other threads
-    with ProcessPoolExecutor(processes, context, initializer=_follow_parent) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=follow_parent) as pool:
         try:
             yield from pool.map(function, jobs)
         except BrokenProcessPool:
@@ -65,8 +65,8 @@ def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Callabl
         yield lambda count: bar.advance(task, count)
 
 
-def _follow_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when the parent is killed."""
+def follow_parent() -> None:
+    """In a worker process (spawn, forkserver): leave Ctrl-C to the parent, and end when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

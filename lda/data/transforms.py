@@ -6,12 +6,13 @@ from the generator that is passed in, drawn on the CPU, so a batch looks the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torchvision.transforms import v2
 
 # Of ImageNet, for RGB in 0..1, as the backbone's weights expect.
 MEAN = (0.485, 0.456, 0.406)
@@ -21,7 +22,6 @@ BRIGHTNESS = 0.15  # factor within 1 -+ this; ReNorm, META
 CONTRAST = 0.1
 
 _LUMA = (0.2989, 0.587, 0.114)  # grey value of RGB (ITU-R 601), as torchvision takes it
-_AUTO_AUGMENT = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=128)  # grey where nothing is left: fast-reid
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -104,12 +104,21 @@ def auto_augmented(images: Tensor, chosen: Tensor, seeds: Tensor) -> Tensor:
     """AutoAugment on the `chosen` (B,) images, each under its own seed; the global random state stays as it is."""
     if not chosen.any():
         return images
+    policy = _auto_augment()
     images = images.clone()
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
         for index in chosen.nonzero()[:, 0].tolist():
             torch.manual_seed(int(seeds[index]))
-            images[index] = _AUTO_AUGMENT(images[index])
+            images[index] = policy(images[index])
     return images
+
+
+@cache
+def _auto_augment() -> Callable[[Tensor], Tensor]:
+    from torchvision.transforms import v2  # here because it takes seconds to import and few runs need it
+
+    policy: Callable[[Tensor], Tensor] = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=128)  # grey: fast-reid
+    return policy
 
 
 def _standardised(colours: Tensor) -> Tensor:
