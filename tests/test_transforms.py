@@ -96,7 +96,7 @@ def test_colour_jitter_is_torchvisions_in_both_orders() -> None:
     brightness = torch.rand(40, generator=generator) * 1.5  # far beyond the real range, so that cutting matters
     contrast = torch.rand(40, generator=generator) * 3
     first = torch.rand(40, generator=generator) < 0.5
-    output = jittered(images, brightness, contrast, first)
+    output = jittered(images * 255, brightness, contrast, first) / 255
     for index in range(40):
         wanted = images[index]
         by = [(tv.adjust_brightness, brightness), (tv.adjust_contrast, contrast)]

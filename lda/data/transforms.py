@@ -26,7 +26,7 @@ _LUMA = (0.2989, 0.587, 0.114)  # grey value of RGB (ITU-R 601), as torchvision 
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 RGB (B, 3, H, W) -> float32 with ImageNet's mean and standard deviation taken out."""
-    return _standardised(images.float().div_(255))
+    return _standardised(images.float())
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Augment:
         if self.flip_probability > 0:
             flip = torch.rand(count, generator=generator) < self.flip_probability
             images = torch.where(flip.to(images.device)[:, None, None, None], images.flip(3), images)
-        colours = images.float().div_(255)
+        colours = images.float()
         if self.jitter_probability > 0:
             chosen = torch.rand(count, generator=generator) < self.jitter_probability
             factors = torch.rand(2, count, generator=generator) * 2 - 1
@@ -85,19 +85,19 @@ def shifted(images: Tensor, pad: int, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def jittered(images: Tensor, brightness: Tensor, contrast: Tensor, brightness_first: Tensor) -> Tensor:
-    """Brightness and contrast of float images in 0..1 (B, 3, H, W) multiplied by factors (B,), in either order.
+    """Brightness and contrast of float images in 0..255 (B, 3, H, W) multiplied by factors (B,), in either order.
 
-    Brightness scales towards black, contrast towards the image's mean grey value; values are cut at 0 and 1 after each.
+    Brightness scales towards black, contrast towards the image's mean grey; values are cut at 0 and 255 after each.
     """
     device = images.device
     brightness, contrast = brightness.to(device)[:, None, None, None], contrast.to(device)[:, None, None, None]
     first = brightness_first.to(device)[:, None, None, None]
     one = torch.ones_like(brightness)
-    images = (images * torch.where(first, brightness, one)).clamp_(0, 1)
+    images = (images * torch.where(first, brightness, one)).clamp_(0, 255)
     luma = images.new_tensor(_LUMA)[:, None, None]
     grey = (images * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    images = (grey + contrast * (images - grey)).clamp_(0, 1)
-    return (images * torch.where(first, one, brightness)).clamp_(0, 1)
+    images = (grey + contrast * (images - grey)).clamp_(0, 255)
+    return (images * torch.where(first, one, brightness)).clamp_(0, 255)
 
 
 def auto_augmented(images: Tensor, chosen: Tensor, seeds: Tensor) -> Tensor:
@@ -122,5 +122,7 @@ def _auto_augment() -> Callable[[Tensor], Tensor]:
 
 
 def _standardised(colours: Tensor) -> Tensor:
-    mean, std = colours.new_tensor(MEAN)[:, None, None], colours.new_tensor(STD)[:, None, None]
-    return colours.sub_(mean).div_(std)
+    """Float 0..255 -> (colour / 255 - mean) / std, in place: a new batch of memory costs more than the arithmetic."""
+    scale = 1 / (255 * colours.new_tensor(STD)[:, None, None])
+    shift = -colours.new_tensor(MEAN)[:, None, None] / colours.new_tensor(STD)[:, None, None]
+    return colours.mul_(scale).add_(shift)
