@@ -207,11 +207,12 @@ def _coordinate(
     if not finished:
         print(f"interrupted; everything finished is kept. Go on with:\n  {plan.command}", file=sys.stderr)
         return 130
+    complete = coordinator.any_complete()
     figures = ["analysis.buffer_bank", str(folder), "--output", str(folder / "figures")]
-    for line in report([["analysis.tables", str(folder)], figures]):
+    for line in report([["analysis.tables", str(folder)], figures] if complete else []):
         print(f"warning: {line}", file=sys.stderr)
     print(coordinator.summary())
-    return 0 if coordinator.any_complete() else 1
+    return 0 if complete else 1
 
 
 def _announce(plan: Plan, fixed: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from studies import REPOSITORY, Command, wait_for
@@ -19,91 +20,63 @@ def command(tmp_path: Path, standin_tiny: Path) -> Command:
     return Command(tmp_path, standin_tiny)
 
 
-def test_a_whole_study_and_the_same_command_again(tmp_path: Path, standin_tiny: Path) -> None:
+def test_killed_in_its_second_trial_a_study_goes_on_with_the_same_command(tmp_path: Path, standin_tiny: Path) -> None:
     command = Command(tmp_path, standin_tiny, spec={"confirm": {"top": 1, "seeds": 1}})
-    assert command.run("--workers", "2") == 0, command.output
-    study = json.loads((command.study / "study.json").read_text())
-    assert (study["study"], study["data"], study["selection"]) == ("mine", "stand-in", "source_validation")
-    assert study["defaults"] == {"bank_momentum": 0.9}
+    coordinator = command.start()
+    wait_for(lambda: (command.study / "trial-0001/market1501-s0/config.json").exists(), process=coordinator)
+    coordinator.kill()
+    coordinator.wait()
+    wait_for(lambda: command.workers() == [], 30)  # they do not outlive their coordinator
+    before = command.results()
+    assert len(before) >= 3
 
+    assert command.run("--workers", "2") == 0, command.output
+    assert before.items() <= command.results().items()  # nothing finished was run again
+    assert len(command.results()) == 2 * 2 + 3 * 2
+    assert not (command.study / "trial-0002").exists()
     default, other, baseline = (command.trial(f"trial-{name}") for name in ("0000", "0001", "baseline"))
     assert [trial["origin"] for trial in (default, other, baseline)] == ["default", "search", "baseline"]
     assert {trial["state"] for trial in (default, other, baseline)} == {"complete"}
     assert default["params"] == {"bank_momentum": 0.9} != other["params"]
     assert default["units"] == ["cuhk03-s0", "market1501-s0"]
-    assert default["confirm_units"] == baseline["confirm_units"] == ["cuhk03-s1", "market1501-s1"]
+    assert default["confirm_units"] == other["confirm_units"] == baseline["confirm_units"]
+    assert default["confirm_units"] == ["cuhk03-s1", "market1501-s1"]
+    assert (default["attempts"], other["failures"]) == (1, 0)
+    assert default["score"] == pytest.approx(statistics.fmean(_scores(command, default)))
+    study = json.loads((command.study / "study.json").read_text())
+    assert (study["study"], study["data"], study["selection"]) == ("mine", "stand-in", "source_validation")
+    assert study["defaults"] == {"bank_momentum": 0.9}
 
-    units = command.results()
-    assert len(units) == 2 * 2 + 3 * 2
-    scores = []
-    for unit in default["units"]:
-        result = json.loads((command.study / "trial-0000" / unit / "result.json").read_text())
-        config = json.loads((command.study / "trial-0000" / unit / "config.json").read_text())["config"]
-        assert config["bank_momentum"] == 0.9
-        scores.append(result["selection"]["score"])
-    assert default["score"] == pytest.approx(statistics.fmean(scores))
-    assert "trial-0000 complete: score" in command.output
-    assert "2 trials complete" in command.output
+    assert "2 trials complete, 0 pruned, 0 failed" in command.output
+    assert "STAND-IN" in command.output  # the table
+    assert (command.study / "figures" / "buffer_bank.png").exists()
 
-    events = command.events()
-    assert command.run() == 0
-    assert command.results() == units
-    assert command.events() == events
+    assert command.run("--set", "gem_p=2", "--seed", "5") == 2
+    assert "was begun with other settings: base.gem_p (None before, 2.0 now); seed (0 before, 5 now)" in command.output
 
 
-def test_killed_in_the_second_trial_and_gone_on_with(command: Command) -> None:
-    coordinator = command.start()
-    wait_for(lambda: (command.study / "trial-0001/market1501-s0/config.json").exists(), process=coordinator)
-    command.kill_everything(coordinator)
-    before = command.results()
-    assert len(before) >= 3
-    assert command.run() == 0, command.output
-    after = command.results()
-    assert len(after) == 4
-    assert before.items() <= after.items()  # nothing finished was run again
-    trial = command.trial("trial-0001")
-    assert (trial["state"], trial["attempts"], trial["failures"]) == ("complete", 2, 0)
-    assert not (command.study / "trial-0002").exists()
+def _scores(command: Command, trial: dict[str, Any]) -> list[float]:
+    folder = command.study / f"trial-{trial['number']:04d}"
+    return [json.loads((folder / unit / "result.json").read_text())["selection"]["score"] for unit in trial["units"]]
 
 
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(command: Command) -> None:
-    coordinator = command.start("--set", "steps_per_epoch=400")
-    wait_for(lambda: (command.study / "trial-0000/cuhk03-s0/metrics.jsonl").exists(), process=coordinator)
+def test_a_killed_worker_is_replaced_and_ctrl_c_ends_cleanly(command: Command) -> None:
+    coordinator = command.start("--set", "steps_per_epoch=4000")
+    metrics = command.study / "trial-0000/cuhk03-s0/metrics.jsonl"
+    wait_for(metrics.exists, process=coordinator)
+    (worker,) = command.workers()
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: sum("trial-0000 started" in event for event in command.events()) == 2, process=coordinator)
+    assert any("was killed by signal 9, starting it again" in event for event in command.events())
+    wait_for(lambda: command.trial("trial-0000")["attempts"] == 2, 10)
     coordinator.send_signal(signal.SIGINT)
-    assert coordinator.wait(30) == 130
+    assert coordinator.wait(60) == 130
     assert "Go on with:\n  python sweeps/run.py --study" in command.output
     assert "Traceback" not in command.output
     assert command.workers() == []
-    assert command.trial("trial-0000")["failures"] == 0
-    assert list((command.study / "workers").glob("*.lock")) == []
-
-
-def test_a_worker_that_is_killed_is_replaced(command: Command) -> None:
-    coordinator = command.start()
-    wait_for(lambda: (command.study / "trial-0000/cuhk03-s0/config.json").exists(), process=coordinator)
-    (worker,) = command.workers()
-    os.kill(worker, signal.SIGKILL)
-    assert coordinator.wait(120) == 0, command.output
     trial = command.trial("trial-0000")
-    assert (trial["state"], trial["attempts"], trial["failures"]) == ("complete", 2, 1)
-    assert any("was killed by signal 9, starting it again" in event for event in command.events())
-    assert len(command.results()) == 4
-
-
-def test_workers_end_with_their_coordinator(command: Command) -> None:
-    coordinator = command.start("--set", "steps_per_epoch=400")
-    wait_for(lambda: (command.study / "trial-0000/cuhk03-s0/metrics.jsonl").exists(), process=coordinator)
-    coordinator.kill()
-    coordinator.wait()
-    wait_for(lambda: command.workers() == [], 30)
-
-
-def test_a_study_that_changed_is_refused(command: Command) -> None:
-    assert command.run("--trials", "1") == 0, command.output
-    assert command.run("--trials", "1", "--set", "gem_p=2", "--seed", "5") == 2
-    assert "was begun with other settings: base.gem_p (None before, 2.0 now); seed (0 before, 5 now)" in command.output
-    assert command.run("--trials", "2") == 0, command.output  # the budget may grow
-    assert len(command.results()) == 4
+    assert (trial["state"], trial["failures"], trial["reason"]) == ("running", 1, "stopped by the user")
+    assert list((command.study / "workers").glob("*.lock")) == []
 
 
 def test_a_loss_that_is_not_finite_is_counted_and_not_repeated(command: Command) -> None:
