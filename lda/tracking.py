@@ -110,8 +110,8 @@ class Tracker:
                 raise
             _say(f"not reachable ({_first_line(error)}); logging offline, `wandb sync` uploads later")
             self._run = wandb.init(mode="offline", **arguments)
-        for prefix in ("loss", "feature", "val", "test"):
-            self._run.define_metric(f"{prefix}/*", step_metric="step")
+        for metric in ("loss/*", "feature/*", "val/*", "lr", "images_per_second"):
+            self._run.define_metric(metric, step_metric="step")
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Log scalars; `row["step"]` is the x axis."""
