@@ -211,6 +211,10 @@ def _coordinate(
     figures = ["analysis.buffer_bank", str(folder), "--output", str(folder / "figures")]
     for line in report([["analysis.tables", str(folder)], figures] if complete else []):
         print(f"warning: {line}", file=sys.stderr)
+    if complete:
+        from sweeps.dashboard import log_study  # pandas and wandb: only now
+
+        log_study(name, spec, plan.folder, plan.data.kind)
     print(coordinator.summary())
     return 0 if complete else 1
 
