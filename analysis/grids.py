@@ -1,10 +1,11 @@
-"""A table of text, written as plain text, Markdown or LaTeX."""
+"""A table of text, written as plain text, Markdown, LaTeX or HTML."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import groupby
 
 _WIDTH = 120  # of wrapped notes, characters
@@ -108,6 +109,27 @@ def as_latex(title: str, conditions: Conditions, grids: Sequence[Grid]) -> str:
         ]
         parts.append("\n".join(lines))
     return "\n\n\\bigskip\n".join(parts) + "\n"
+
+
+def as_html(grid: Grid) -> str:
+    """One `table` element; its notes follow as a list."""
+    groups = "".join(f'<th colspan="{span}" scope="colgroup">{escape(upper)}</th>' for upper, span in grid.groups)
+    heads = "".join(f'<th scope="col">{escape(lower)}</th>' for _, lower in grid.columns)
+    rows = [
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in grid.rows
+    ]
+    parts = [
+        "<table>",
+        f"<caption>{escape(grid.title)}</caption>" if grid.title else "",
+        "<thead>",
+        f"<tr><td></td>{groups}</tr>" if groups else "",
+        f"<tr><td></td>{heads}</tr></thead><tbody>",
+        *rows,
+        "</tbody></table>",
+        *(f'<p class="note">{escape(note)}</p>' for note in grid.notes),
+    ]
+    return "\n".join(filter(None, parts))
 
 
 def _latex_groups(grid: Grid) -> list[str]:

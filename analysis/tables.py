@@ -44,9 +44,7 @@ def render(study: Study | Path, format: str = "text", published: bool = False) -
         raise UsageError(f"--published: the poster has no table for {study.protocol.title}")
     if format == "csv":
         return _csv(table, poster)
-    grids = [_results_grid(study, table)]
-    if table["mAP_gain"].notna().any():
-        grids.append(_gain_grid(study, table))
+    grids = study_grids(study, table)
     if poster is not None:
         grids.append(_published_grid(study, poster))
     title = f"{study.protocol.title}, study {study.name}"
@@ -78,6 +76,11 @@ def data_line(data: str) -> str:
         "stand-in": "STAND-IN (drawn pedestrians, no real data set: not comparable with published numbers)",
     }
     return words.get(data, data)
+
+
+def study_grids(study: Study, table: pd.DataFrame) -> list[Grid]:
+    """The results, and the gains over the baseline where there is one; `table` is the study's `protocol_table`."""
+    return [_results_grid(study, table), *([_gain_grid(study, table)] if table["mAP_gain"].notna().any() else [])]
 
 
 def _results_grid(study: Study, table: pd.DataFrame) -> Grid:

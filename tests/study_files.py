@@ -61,7 +61,9 @@ def write_unit(
     for step in range(20, 201, 20):
         rows.append({"step": step, "epoch": step // 20, "loss/id_e": 4 - step / 100, "loss/total": 8 - step / 50})
         rows[-1] |= {"lr": 1e-3, "images_per_second": 500.0}
-    rows.append({"step": 200, "epoch": 10, "val/mAP": score, **{f"val/{s}/mAP": score for s in sources}})
+    for step in (100, 200):
+        value = score * step / 200
+        rows.append({"step": step, "epoch": step // 20, "val/mAP": value, **{f"val/{s}/mAP": value for s in sources}})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if not finished:
         return
@@ -113,7 +115,10 @@ def write_study(
             "selection": unit.get("selection", "source_validation"),
             "seed": 0,
             "confirm_seeds": list(confirm_seeds),
-            "space": {"alignment_weight": {"low": 0.01, "high": 5.0, "log": True}, "bank_momentum": {}},
+            "space": {
+                "alignment_weight": {"low": 0.01, "high": 5.0, "log": True, "step": None, "choices": []},
+                "bank_momentum": {"low": 0.5, "high": 0.99, "log": False, "step": None, "choices": []},
+            },
             "defaults": {"alignment_weight": 0.1, "bank_momentum": 0.9},
             "budget": {"trials": len(scores)},
             "command": "python sweeps/run.py --study protocol3",

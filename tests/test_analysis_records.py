@@ -73,13 +73,13 @@ def test_targets_are_those_of_the_study_in_table_order(tmp_path: Path) -> None:
 def test_metrics_of_a_killed_run(tmp_path: Path) -> None:
     write_unit(tmp_path, "cuhk03", finished=False)
     whole = load_metrics(tmp_path)
-    assert whole["step"].tolist() == [*range(20, 201, 20), 200]
+    assert whole["step"].tolist() == [*range(20, 201, 20), 100, 200]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 220, "loss/id_')
     assert load_metrics(tmp_path).equals(whole)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('\n{"step": 240}\n')
-    with pytest.raises(UsageError, match="line 12"):
+    with pytest.raises(UsageError, match="line 13"):
         load_metrics(tmp_path)
     assert load_metrics(tmp_path / "nothing").empty
 

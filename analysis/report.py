@@ -1,0 +1,239 @@
+"""A study's report: one HTML page that needs nothing but itself, beside its figures and tables as files.
+
+    python analysis/report.py runs/protocol3
+
+Writes reports/<date>-<study>/: index.html, table.md, table.csv, table.tex, and every figure as PNG and PDF.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis import buffer_bank, study_figures
+from analysis.banks import choose_layers, closest_pairs, domain_distances
+from analysis.command import exit_code
+from analysis.figures import as_png, save
+from analysis.grids import as_html
+from analysis.records import PARAMETER, Study, load_study, print_name
+from analysis.results import protocol_table
+from analysis.tables import conditions, data_line, render, study_grids
+from lda.errors import UsageError
+from lda.runs import atomic
+
+TABLES = {"table.md": "markdown", "table.csv": "csv", "table.tex": "latex"}
+"""Files of the protocol table -> format."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report: `name` is its file's, `caption` says what to see."""
+
+    name: str
+    figure: Figure
+    caption: str
+
+
+# --- content ---------------------------------------------------------------------------------------------------------
+
+
+def pictures(study: Study) -> list[Picture]:
+    """Every figure that the study has the files for."""
+    found = []
+    if study.trials["state"].eq("complete").any():
+        caption = "Selection score of the search's trials, in the order they were begun; some end early, without one."
+        found.append(Picture("history", study_figures.history_figure(study), caption))
+    parameters = study_figures.parameter_figure(study)
+    if parameters is not None:
+        caption = "Selection score over the value of each swept setting. Settings vary together: a trend is no proof."
+        found.append(Picture("parameters", parameters, caption))
+    training = study_figures.training_figure(study)
+    if training is not None:
+        found.append(Picture("training", training, "Training of every unit, all seeds."))
+    return found + _bank_pictures(study)
+
+
+def _bank_pictures(study: Study) -> list[Picture]:
+    try:
+        source = buffer_bank.open_source(study.folder)
+    except UsageError:  # a study of baselines, or one whose first unit still runs, has no bank to show
+        return []
+    bank = source.bank
+    caption = f"Buffer Bank statistics of the source domains: {source.title}."
+    figure = buffer_bank.bank_figure(bank, choose_layers(bank), source.title)
+    found = [Picture("buffer_bank", figure, caption)]
+    if len(bank.domains) > 1:
+        distances = domain_distances(bank)
+        first, second, _ = closest_pairs(distances)[0]
+        caption = f"Distances between the source domains; {print_name(first)} and {print_name(second)} are closest."
+        found.append(Picture("buffer_bank_distances", buffer_bank.distance_figure(distances, source.title), caption))
+    return found
+
+
+_METRIC_NAMES = {
+    **{"mAP": "mAP", "mINP": "mINP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10"},
+    "score": "selection score",
+}
+"""Metric -> its name in print; fractions in files, percent here."""
+
+
+def trial_rows(study: Study) -> pd.DataFrame:
+    """One row per trial: score in percent, swept settings, seconds of training, and why it ended early."""
+    settings = {column: str(column).removeprefix(PARAMETER) for column in study.trials if PARAMETER in str(column)}
+    table = study.trials.assign(score=100 * study.trials["score"].astype(float))
+    table["seconds"] = table["name"].map(study.units.groupby("trial")["seconds"].sum())
+    columns = ["name", "origin", "state", "score", *settings, "seconds", "reason"]
+    return table[columns].rename(columns={**settings, **_METRIC_NAMES, "name": "trial"})
+
+
+def unit_rows(study: Study) -> pd.DataFrame:
+    """One row per unit, metrics in percent."""
+    use = study.units["confirms"].map({True: "confirmation", False: "search"})
+    table = study.units.assign(target=study.units["target"].map(print_name), use=use)
+    for column in (*_METRIC_NAMES, "seconds", "images_per_second"):
+        table[column] = table[column].astype(float) * (100 if column in _METRIC_NAMES else 1)
+    columns = ["trial", "target", "seed", "method", "use", *_METRIC_NAMES, "seconds", "images_per_second"]
+    return table[columns].rename(columns={**_METRIC_NAMES, "images_per_second": "images/s"})
+
+
+# --- page ------------------------------------------------------------------------------------------------------------
+
+
+def page(study: Study, figures: Sequence[Picture], today: date) -> str:
+    """The whole report as HTML: figures inlined, tables sortable, no other file, no network."""
+    try:
+        table = protocol_table(study)
+        facts = conditions(study, table)
+        results = "\n".join(as_html(grid) for grid in study_grids(study, table))
+    except UsageError as error:  # a study under way is worth a page, too
+        facts = [("data", data_line(study.data))]
+        results = f'<p class="note">{escape(str(error))}</p>'
+    facts += _provenance(study)
+    return _PAGE.substitute(
+        title=escape(f"{study.protocol.title}, study {study.name}"),
+        subtitle=escape(str(study.spec.get("title", ""))),
+        date=today.isoformat(),
+        banner="" if study.data == "real" else f'<p class="banner">{escape(data_line(study.data))}</p>',
+        facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts),
+        results=results,
+        figures="\n".join(map(_figure, figures)),
+        trials=_sortable(trial_rows(study), "Trials"),
+        units=_sortable(unit_rows(study), "Units: one run per trial, target and seed; percent"),
+    )
+
+
+def _provenance(study: Study) -> list[tuple[str, str]]:
+    """What study.json knows about where the numbers came from."""
+    spec = study.spec
+    lines = [
+        ("swept", ", ".join(f"{name} ({_axis(axis)})" for name, axis in spec.get("space", {}).items())),
+        ("fixed", _listed(spec.get("base", {}))),
+        ("command", str(spec.get("command", ""))),
+        ("commit", str(spec.get("commit", "")) + (" with local changes" if spec.get("dirty") else "")),
+        ("versions", _listed(spec.get("versions", {}))),
+    ]
+    return [(name, text) for name, text in lines if text]
+
+
+def _axis(axis: Mapping[str, Any]) -> str:
+    if axis.get("choices"):
+        return ", ".join(map(str, axis["choices"]))
+    step = f", step {axis['step']}" if axis.get("step") else ""
+    return f"{axis.get('low')} to {axis.get('high')}{', log scale' if axis.get('log') else ''}{step}"
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(as_png(picture.figure)).decode()
+    caption = escape(picture.caption)
+    return (
+        f'<figure id="{picture.name}"><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _sortable(table: pd.DataFrame, caption: str) -> str:
+    """A table whose heads sort it when pressed; cells carry the exact value they are sorted by."""
+    numeric = [bool(pd.api.types.is_numeric_dtype(table[name])) for name in table.columns]
+    heads = [
+        f'<th scope="col"{_NUMBER if is_number else ""}><button type="button">{escape(str(name))}</button></th>'
+        for name, is_number in zip(table.columns, numeric, strict=True)
+    ]
+    rows = []
+    for row in table.itertuples(index=False):
+        cells = [_cell(*cell) for cell in zip(row, table.columns, numeric, strict=True)]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        f'<table class="sortable"><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{''.join(heads)}</tr></thead><tbody>\n{chr(10).join(rows)}\n</tbody></table>"
+    )
+
+
+_NUMBER = ' class="number"'
+_DECIMALS = {**dict.fromkeys(_METRIC_NAMES.values(), 1), "seconds": 0, "images/s": 0}
+
+
+def _cell(value: object, column: str, numeric: bool) -> str:
+    if value is None or pd.isna(value):
+        return f"<td{_NUMBER if numeric else ''} data-none></td>"
+    if isinstance(value, float):
+        shown = f"{value:.{_DECIMALS[column]}f}" if column in _DECIMALS else f"{value:.3g}"
+        return f'<td{_NUMBER} data-value="{value!r}">{shown}</td>'
+    return f"<td{_NUMBER if numeric else ''}>{escape(str(value))}</td>"
+
+
+_PAGE = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
+
+
+# --- command ---------------------------------------------------------------------------------------------------------
+
+
+def write_report(study: Study, output: Path, today: date) -> Path:
+    """Write the page, its figures and its tables into `output`. Returns the page."""
+    figures = pictures(study)
+    for picture in figures:
+        for kind in ("png", "pdf"):
+            save(picture.figure, output / f"{picture.name}.{kind}")
+    try:
+        texts = {name: render(study, format) for name, format in TABLES.items()}
+    except UsageError:  # nothing to tabulate yet; the page says so
+        texts = {}
+    texts["index.html"] = page(study, figures, today)
+    for name, text in texts.items():
+        with atomic(output / name) as file:
+            file.write(text)
+    return output / "index.html"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python analysis/report.py STUDY`: 0 done, 1 failed, 2 bad usage."""
+    parser = argparse.ArgumentParser(
+        prog="python analysis/report.py", description="Write a study's report: one HTML page, figures and tables."
+    )
+    parser.add_argument("study", type=Path, help="folder of the study, for example runs/protocol3")
+    parser.add_argument("--output", type=Path, help="folder of the report (default: reports/<date>-<study>)")
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        study, today = load_study(options.study), date.today()
+        print(write_report(study, options.output or Path("reports", f"{today.isoformat()}-{study.name}"), today))
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
