@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,8 @@ from sweeps.jobs import Job
 from sweeps.ledger import UNIT
 from sweeps.pruning import PrunedError, running_mean
 from sweeps.spec import StudySpec
+
+_FULL_DISK_SECONDS = 5.0
 
 
 @dataclass
@@ -77,13 +81,8 @@ class Attempt:
                 self._judge(index * config.epochs + progress.epoch, {**self._scores, target: progress.score})
 
         folder = self.folder.unit(self.job.trial, target, self.job.seed)
-        result = self._finished_elsewhere(folder, self._unit(target, config)) or run_unit(
-            config,
-            folder,
-            data_root=Path(self.assignment.data_root),
-            labels=self._labels(target),
-            on_progress=on_progress,
-        )
+        unit = self._unit(target, config)
+        result = self._finished_elsewhere(folder, unit) or self._train(config, folder, target, on_progress)
         self.check()
         row = {key: result[key] for key in ("unit", "mAP", "rank1", "seconds")}
         row |= {"score": result["selection"]["score"], "host": platform.node()}
@@ -94,6 +93,29 @@ class Attempt:
             f"(target mAP {row['mAP']:.1%}, Rank-1 {row['rank1']:.1%}{not_used})"
         )
         return row
+
+    def _train(
+        self, config: Config, folder: Path, target: str, on_progress: Callable[[Progress], None]
+    ) -> dict[str, Any]:
+        """Run the unit; on a full disk wait for room and go on from the checkpoint, for no trial is to blame."""
+        full = False
+        while True:
+            try:
+                return run_unit(
+                    config,
+                    folder,
+                    data_root=Path(self.assignment.data_root),
+                    labels=self._labels(target),
+                    on_progress=on_progress,
+                )
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                if not full:
+                    self.event(f"{self.job.title} {target} waits: {error}")
+                full = True
+                time.sleep(_FULL_DISK_SECONDS)
+                self.check()
 
     def _judge(self, step: int, scores: Mapping[str, float]) -> None:
         """Report where the trial stands; confirmations are never judged."""

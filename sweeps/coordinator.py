@@ -141,6 +141,7 @@ class Coordinator:
         self._started = 0
         self._deaths_in_vain, self._attempts_seen = 0, -1
         self._failure: Exception | None = None
+        self._outage = False
 
     # --- setting up --------------------------------------------------------------------------------------------------
 
@@ -216,20 +217,20 @@ class Coordinator:
         Raises UsageError when a worker finds the data or the settings unusable, StudyError when workers cannot start.
         """
         events = EventLines(self.folder)
-        self._upkeep(kind="interrupted")  # what an earlier command left behind
+        self._safely_upkeep("interrupted")  # what an earlier command left behind
         finished = False
         with self._signals():
             try:
                 while not self.stop.is_set() and not finished:
                     self._supervise()
-                    finished = self._safely_upkeep()
+                    finished = self._safely_upkeep("lost")
                     end = time.monotonic() + _UPKEEP_SECONDS
                     while time.monotonic() < end and not self.stop.is_set() and not finished:
                         self._print(events)
                         self.stop.wait(_POLL_SECONDS)
             finally:
                 self._stop_workers()
-                self._upkeep(kind="interrupted")
+                self._safely_upkeep("interrupted")
                 self._print(events)
         if self._failure is not None:
             raise self._failure
@@ -270,13 +271,18 @@ class Coordinator:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _safely_upkeep(self) -> bool:
+    def _safely_upkeep(self, kind: Kind) -> bool:
+        """Upkeep that outlasts a storage that is away or a disk that is full: told once, tried on."""
         try:
-            return self._upkeep(kind="lost")
-        except (optuna.exceptions.StorageInternalError, DBAPIError) as error:
+            finished = self._upkeep(kind)
+        except (optuna.exceptions.StorageInternalError, DBAPIError, OSError) as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
-            self.folder.event(f"the study's storage does not answer, trying on: {reason}")
+            if not self._outage:
+                print(f"storage or disk does not answer, trying on: {reason}", file=sys.stderr, flush=True)
+            self._outage = True
             return False
+        self._outage = False
+        return finished
 
     def _upkeep(self, kind: Kind) -> bool:
         """Find what was lost, put it on the list again, bring the files up to date. True when the study is done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -12,6 +13,12 @@ import optuna
 from sqlalchemy.exc import DBAPIError
 
 EXIT_FENCED = 75  # EX_TEMPFAIL: nothing is wrong with the worker, it only lost touch
+
+
+def log(text: str) -> None:
+    """A line for the worker's log. The log may lie on a full disk: that must not end what reports it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _uptime() -> float:
@@ -44,8 +51,7 @@ class Heartbeat:
     def check(self) -> None:
         """End the process if the attempt may be another's by now. Called before whatever must not be done twice."""
         if _uptime() - self._last > self._limit:
-            print("fenced: no heartbeat could be recorded in time, the trial may be another's by now", file=sys.stderr)
-            sys.stderr.flush()
+            log("fenced: no heartbeat could be recorded in time, the trial may be another's by now")
             os._exit(EXIT_FENCED)
 
     def _record(self) -> None:
@@ -54,7 +60,7 @@ class Heartbeat:
             try:
                 self._beat()
             except (optuna.exceptions.StorageInternalError, DBAPIError) as error:
-                print(f"heartbeat not recorded, will try again: {error}", file=sys.stderr)
+                log(f"heartbeat not recorded, will try again: {error.__cause__ or error}")
                 continue
             self._last = now  # the time before the call: when exactly the database took it is unknown
 

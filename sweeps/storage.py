@@ -64,8 +64,12 @@ def masked(url: str) -> str:
     return urlunsplit(parts._replace(netloc=netloc, query=query))
 
 
+class StorageError(UsageError):
+    """The storage cannot be reached: a wrong URL when a study begins, an outage later."""
+
+
 def open_storage(url: str, heartbeat_seconds: int, grace_seconds: int) -> BaseStorage:
-    """Connect, creating the tables where there are none. Raises UsageError when that is not possible."""
+    """Connect, creating the tables where there are none. Raises StorageError when that is not possible."""
     import optuna
     from sqlalchemy.exc import DBAPIError
 
@@ -91,10 +95,10 @@ def open_storage(url: str, heartbeat_seconds: int, grace_seconds: int) -> BaseSt
             )
         )
     except ImportError:
-        raise UsageError("--storage: PostgreSQL needs psycopg, install lda-reid[postgresql]") from None
+        raise StorageError("--storage: PostgreSQL needs psycopg, install lda-reid[postgresql]") from None
     except DBAPIError as error:
         reason = str(error.orig).strip().splitlines()[0]
-        raise UsageError(f"--storage {masked(url)}: {reason}") from None
+        raise StorageError(f"--storage {masked(url)}: {reason}") from None
     return optuna.storages.get_storage(rdb)
 
 

@@ -7,6 +7,7 @@ worker finishes, fails or leaves behind is in the study's storage and folders; i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -22,6 +23,7 @@ from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 
 from lda.errors import UsageError
@@ -29,15 +31,16 @@ from lda.trainer import TrainingError
 from sweeps.assignment import EXIT_USAGE, STOP_SECONDS, Assignment
 from sweeps.attempt import Attempt
 from sweeps.folders import StudyFolder, WorkerSign
-from sweeps.heartbeat import Heartbeat
+from sweeps.heartbeat import Heartbeat, log
 from sweeps.jobs import Job, confirm_study, job_of
 from sweeps.ledger import Budget, Entry, Kind, Ledger
 from sweeps.pruning import PrunedError, build_pruner
 from sweeps.space import distributions
 from sweeps.spec import StudySpec, from_dict
-from sweeps.storage import open_storage, patiently
+from sweeps.storage import StorageError, open_storage, patiently
 
 _IDLE_SECONDS = 0.5
+_OUTAGE_SECONDS = 3.0  # between attempts to reach a storage or disk that is away
 
 
 class Stopped(BaseException):
@@ -57,15 +60,14 @@ def build_sampler(spec: StudySpec, study: str, salt: str) -> BaseSampler:
 class Worker:
     """Runs attempts until it is stopped."""
 
-    def __init__(self, assignment: Assignment) -> None:
-        self.assignment = assignment
+    def __init__(self, assignment: Assignment, stop: threading.Event) -> None:
+        self.assignment, self.stop = assignment, stop
         self.spec = from_dict(assignment.spec)
         self.folder = StudyFolder(Path(assignment.folder))
         self.id = f"{platform.node()}-{assignment.slot}-{uuid.uuid4().hex[:6]}"
         self.sign = WorkerSign(self.folder, self.id)
-        self.stop = threading.Event()
         search = self.spec.search
-        self.storage = open_storage(assignment.storage, self.spec.heartbeat_seconds, self.spec.grace_seconds)
+        self.storage = self._connect()
         self.budget = Budget(search.trials, search.retries, search.device_hours, assignment.until)
         if search.sampler == "grid":
             self.budget = Budget(0, search.retries)
@@ -75,6 +77,16 @@ class Worker:
         self.distributions = distributions(search.space)
         self._status: dict[str, Any] = {}
         self._status_written = 0.0
+
+    def _connect(self) -> BaseStorage:
+        """The study's storage. The coordinator has reached it, so a failure is an outage: to be waited for."""
+        while True:
+            try:
+                return open_storage(self.assignment.storage, self.spec.heartbeat_seconds, self.spec.grace_seconds)
+            except StorageError as error:
+                log(f"waiting for the storage: {error}")
+                if self.stop.wait(_OUTAGE_SECONDS):
+                    raise Stopped from None
 
     def _open(self, name: str, budget: Budget) -> Ledger:
         sampler = build_sampler(self.spec, self.assignment.study, self.assignment.salt)
@@ -170,7 +182,11 @@ class Worker:
         self._patiently(lambda: ledger.release(trial.number, kind, reason))
 
     def _event(self, text: str) -> None:
-        self.folder.event(text, self.id)
+        log(text)
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk; events and status are for people, a trial is not lost for them
+            self.folder.event(text, self.id)
 
     def _say(self, **status: Any) -> None:
         """Tell the display; at most once a second, and at once when the state changes."""
@@ -179,7 +195,8 @@ class Worker:
         if changed or time.monotonic() - self._status_written > 1.0:
             self._status_written = time.monotonic()
             device = os.environ.get("CUDA_VISIBLE_DEVICES") or "cpu"
-            self.sign.write({"worker": self.id, "device": device, "time": time.time(), **self._status})
+            with contextlib.suppress(OSError):
+                self.sign.write({"worker": self.id, "device": device, "time": time.time(), **self._status})
 
 
 def _watch_stdin(stop: threading.Event) -> None:
@@ -192,14 +209,15 @@ def _watch_stdin(stop: threading.Event) -> None:
 
 def main() -> int:
     """Entry point of the process. Exits with 0 stopped, 1 failed, 2 data or study cannot be used, 75 fenced."""
-    assignment = Assignment.receive(sys.stdin.buffer)
-    worker = Worker(assignment)
-    threading.Thread(target=_watch_stdin, args=(worker.stop,), daemon=True).start()
+    assignment, stop = Assignment.receive(sys.stdin.buffer), threading.Event()
+    threading.Thread(target=_watch_stdin, args=(stop,), daemon=True).start()
     try:
+        worker = Worker(assignment, stop)
         worker.run()
+    except Stopped:
+        return 0
     except UsageError as error:
-        worker.folder.event(f"error: {error}", worker.id)
-        print(f"error: {error}", file=sys.stderr)
+        log(f"error: {error}")
         return EXIT_USAGE
     worker.sign.remove()
     return 0
