@@ -88,7 +88,13 @@ def build_backbone(name: str, pretrained: str = "none", recompute: bool = False)
         "resnet50": (resnet50, ResNet50_Weights.IMAGENET1K_V1),
         "resnet18": (resnet18, ResNet18_Weights.IMAGENET1K_V1),
     }[name]
-    network = make(weights=weights if pretrained == "imagenet" else None)
+    try:
+        network = make(weights=weights if pretrained == "imagenet" else None)
+    except OSError as error:  # no network, and not in torchvision's cache
+        raise UsageError(
+            f"pretrained: {weights} could not be downloaded ({error}); download it elsewhere and set "
+            "pretrained=FILE, or set pretrained=none"
+        ) from error
     if pretrained not in ("none", "imagenet"):
         _load_weights(network, Path(pretrained))
     channels = network.fc.in_features

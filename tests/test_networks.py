@@ -171,3 +171,10 @@ def test_layers_share_one_switch() -> None:
     backbone = converted()
     layers = [m for m in backbone.modules() if isinstance(m, BufferBankNorm2d)]
     assert {id(layer.switch) for layer in layers} == {id(backbone.switch)}
+
+
+def test_imagenet_weights_without_network_are_one_clear_line(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(UsageError, match=r"could not be downloaded .*; download it elsewhere and set pretrained=FILE"):
+        build_backbone("resnet18", "imagenet")
