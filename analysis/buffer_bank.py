@@ -59,16 +59,13 @@ def open_source(run_or_study: Path, unit: str | None = None) -> Source:
 
 
 def _opened(unit: Path, where: str) -> Source:
+    config = read_json(unit / "config.json")["config"]
     if not (unit / BANK_FILE).is_file():
-        config = read_json(unit / "config.json")["config"]
         why = "the plain baseline has none" if config["method"] == "baseline" else "the run is not finished"
         raise UsageError(f"{unit} holds no {BANK_FILE}: {why}")
-    config = read_json(unit / "config.json")["config"]
     finished = (unit / "result.json").is_file()
-    data = read_json(unit / "result.json")["data"] if finished else "data unknown, unfinished run"
-    return Source(
-        read_bank(unit / BANK_FILE), unit, f"{where}, unseen target {print_name(config['target'])} ({data} data)"
-    )
+    data = f"{read_json(unit / 'result.json')['data']} data" if finished else "data unknown, unfinished run"
+    return Source(read_bank(unit / BANK_FILE), unit, f"{where}, unseen target {print_name(config['target'])} ({data})")
 
 
 def _banks(study: Study) -> dict[str, str]:
@@ -178,20 +175,34 @@ def distance_figure(distances: pd.DataFrame, title: str) -> Figure:
 # --- command ---------------------------------------------------------------------------------------------------------
 
 
+def bank_figures(
+    source: Source, layers: Sequence[str], channels: int = 32, relative: bool = False
+) -> dict[str, Figure]:
+    """File name (without suffix) -> figure; a single domain has no distances."""
+    bank = source.bank
+    figures = {"buffer_bank": bank_figure(bank, layers, f"Buffer Bank, {source.title}", channels, relative)}
+    if len(bank.domains) > 1:
+        title = f"2-Wasserstein distance of Buffer Bank rows, mean over {len(bank.layers)} layers\n{source.title}"
+        figures["buffer_bank_distances"] = distance_figure(domain_distances(bank), title)
+    return figures
+
+
+def bank_numbers(bank: Bank) -> dict[str, pd.DataFrame]:
+    """File name (without suffix) -> the numbers behind the figure of that name, all channels of all layers."""
+    curves = channel_curves(bank, bank.layers, channels=sys.maxsize)
+    wide = curves.pivot(index=["layer", "domain", "channel"], columns="statistic", values="value").reset_index()
+    numbers = {"buffer_bank": wide}
+    if len(bank.domains) > 1:
+        numbers["buffer_bank_distances"] = domain_distances(bank).reset_index()
+    return numbers
+
+
 def write_all(source: Source, output: Path, layers: Sequence[str], channels: int, relative: bool) -> list[Path]:
     """Write figures and numbers into a folder. Returns the files."""
-    bank = source.bank
-    every = channel_curves(bank, bank.layers, channels=sys.maxsize)
-    numbers = every.pivot(index=["layer", "domain", "channel"], columns="statistic", values="value").reset_index()
-    figure = bank_figure(bank, layers, f"Buffer Bank, {source.title}", channels, relative)
-    written = [save(figure, output / f"buffer_bank.{kind}") for kind in ("png", "pdf")]
-    written.append(_write_csv(numbers, output / "buffer_bank.csv"))
-    if len(bank.domains) > 1:
-        distances = domain_distances(bank)
-        title = f"2-Wasserstein distance of Buffer Bank rows, mean over {len(bank.layers)} layers"
-        figure = distance_figure(distances, f"{title}\n{source.title}")
-        written += [save(figure, output / f"buffer_bank_distances.{kind}") for kind in ("png", "pdf")]
-        written.append(_write_csv(distances.reset_index(), output / "buffer_bank_distances.csv"))
+    numbers, written = bank_numbers(source.bank), []
+    for name, figure in bank_figures(source, layers, channels, relative).items():
+        written += [save(figure, output / f"{name}.{kind}") for kind in ("png", "pdf")]
+        written.append(_write_csv(numbers[name], output / f"{name}.csv"))
     return written
 
 

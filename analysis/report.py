@@ -69,16 +69,13 @@ def _bank_pictures(study: Study) -> list[Picture]:
         source = buffer_bank.open_source(study.folder)
     except UsageError:  # a study of baselines, or one whose first unit still runs, has no bank to show
         return []
-    bank = source.bank
-    caption = f"Buffer Bank statistics of the source domains: {source.title}."
-    figure = buffer_bank.bank_figure(bank, choose_layers(bank), source.title)
-    found = [Picture("buffer_bank", figure, caption)]
-    if len(bank.domains) > 1:
-        distances = domain_distances(bank)
-        first, second, _ = closest_pairs(distances)[0]
-        caption = f"Distances between the source domains; {print_name(first)} and {print_name(second)} are closest."
-        found.append(Picture("buffer_bank_distances", buffer_bank.distance_figure(distances, source.title), caption))
-    return found
+    captions = {"buffer_bank": f"Buffer Bank statistics of the source domains: {source.title}."}
+    if len(source.bank.domains) > 1:
+        first, second, _ = closest_pairs(domain_distances(source.bank))[0]
+        closest = f"{print_name(first)} and {print_name(second)} are closest"
+        captions["buffer_bank_distances"] = f"Distances between the source domains; {closest}."
+    figures = buffer_bank.bank_figures(source, choose_layers(source.bank))
+    return [Picture(name, figure, captions[name]) for name, figure in figures.items()]
 
 
 _METRIC_NAMES = {
