@@ -14,7 +14,7 @@ import trees
 
 from lda.data import load_dataset
 from lda.data.records import ImageRecord
-from lda.data.sources import EvaluationSet, SourceDomain, Task, _queries, build_task, evaluation_set
+from lda.data.sources import EvaluationSet, SourceDomain, Task, _queries, build_task, evaluation_set, evaluation_splits
 from lda.errors import UsageError
 from lda.protocols import PROTOCOLS
 
@@ -196,3 +196,33 @@ def test_task_is_frozen(tiny_sets: Path) -> None:
     task = build_task("in_domain", "cuhk03", tiny_sets)
     with pytest.raises(dataclasses.FrozenInstanceError):
         task.target = "x"  # type: ignore[misc]
+
+
+@pytest.fixture(scope="module")
+def protocol_1_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("protocol-1")
+    trees.mark(root, **trees.protocol_sets(root), prid=trees.prid(root), grid=trees.grid(root),
+               viper=trees.viper(root), ilids=trees.ilids(root))  # fmt: skip
+    return root
+
+
+@pytest.mark.parametrize(
+    ("target", "query", "gallery"), [("prid", 100, 649), ("grid", 125, 900), ("viper", 316, 316), ("ilids", 60, 60)]
+)
+def test_protocol_1(protocol_1_sets: Path, target: str, query: int, gallery: int) -> None:
+    task = build_task("protocol1", target, protocol_1_sets, validation_fraction=0.1)
+    assert [source.name for source in task.sources] == ["market1501", "cuhk02", "cuhk03", "cuhk_sysu"]
+    assert [(len(split.query), len(split.gallery)) for split in task.test_splits] == [(query, gallery)] * 10
+    assert task.test == task.test_splits[0]
+    assert task.test_splits == evaluation_splits(target, protocol_1_sets)
+    cuhk03 = _by_name(task)["cuhk03"]
+    assert cuhk03.num_ids == 3 + 2 - 2  # train and test persons, without the held-out
+    # Nothing for the same-camera rule to drop: mINP equals mAP on single-shot targets.
+    for split in task.test_splits:
+        cameras = {record.pid: record.camid for record in split.query}
+        assert all(cameras.get(record.pid) != record.camid for record in split.gallery if record.pid)
+
+
+def test_one_split_where_there_is_one(tiny_sets: Path) -> None:
+    task = build_task("protocol2", "market1501", tiny_sets)
+    assert task.test_splits == (task.test,)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.io import savemat
 
 Counts = dict[str, dict[str, int]]
 TEST_PARTS = ("train", "query", "bounding_box_test")
@@ -128,3 +129,72 @@ def protocol_sets(root: Path) -> Mapping[str, Counts]:
     }
     mark(root, **counts)
     return counts
+
+
+# --- the single-shot targets, with their real numbers of files (empty ones: a reader needs names only) ---------------
+def touch(path: Path) -> None:
+    """An empty file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def prid(root: Path, folder: str = "prid_2011/single_shot") -> Counts:
+    """385 persons in camera A, 749 in camera B; beside them the empty multi_shot folder of the archive."""
+    for camera, persons in (("cam_a", 385), ("cam_b", 749)):
+        for pid in range(1, persons + 1):
+            touch(root / folder / camera / f"person_{pid:04d}.png")
+        (root / folder).parent.joinpath("multi_shot", camera).mkdir(parents=True)
+    return {
+        "cam_a": {"ids": 385, "images": 385, "cameras": 1},
+        "cam_b": {"ids": 749, "images": 749, "cameras": 1},
+    }
+
+
+def viper_numbers() -> list[int]:
+    """632 person numbers of 0 to 873, with gaps."""
+    return sorted(np.random.default_rng(0).permutation(874)[:632].tolist())
+
+
+def viper(root: Path, folder: str = "VIPeR") -> Counts:
+    """632 pairs; the viewing angles differ between the cameras."""
+    for pid in viper_numbers():
+        touch(root / folder / "cam_a" / f"{pid:03d}_{45 * (pid % 4)}.bmp")
+        touch(root / folder / "cam_b" / f"{pid:03d}_{45 * (pid % 3) + 90}.bmp")
+    part = {"ids": 632, "images": 632, "cameras": 1}
+    return {"cam_a": part, "cam_b": part}
+
+
+def ilids(root: Path, folder: str = "i-LIDS_Pedestrian/Persons") -> Counts:
+    """119 persons with the published histogram of images per person: 2:22 3:33 4:24 5:15 6:17 7:4 8:4."""
+    histogram = {2: 22, 3: 33, 4: 24, 5: 15, 6: 17, 7: 4, 8: 4}
+    sizes = [images for images, persons in histogram.items() for _ in range(persons)]
+    for pid, images in enumerate(np.random.default_rng(0).permutation(sizes).tolist(), start=1):
+        for number in range(1, images + 1):
+            touch(root / folder / f"{pid:04d}{number:03d}.jpg")
+    return {"persons": {"ids": 119, "images": 476, "cameras": 8}}
+
+
+GRID_PAIRS = ((1, 2), (2, 1), (3, 2), (4, 5), (5, 4), (6, 5))  # cameras of probe and gallery that occur
+
+
+def grid_partitions() -> list[list[int]]:
+    """The persons that train in each of ten partitions."""
+    return [sorted((np.random.default_rng(s).permutation(250)[:125] + 1).tolist()) for s in range(10)]
+
+
+def grid(root: Path, folder: str = "underground_reid") -> Counts:
+    """250 pairs, 775 further gallery images, and the partitions as the original .mat file stores them."""
+    for pid in range(1, 251):
+        probe, gallery = GRID_PAIRS[pid % 6]
+        touch(root / folder / "probe" / f"{pid:04d}_{probe}_25004_107_32_106_221.jpeg")
+        touch(root / folder / "gallery" / f"{pid:04d}_{gallery}_25023_116_74_90_202.jpeg")
+    for number in range(775):
+        touch(root / folder / "gallery" / f"0000_{number % 6 + 1}_{number}_94_10_62_143.jpeg")
+    cells = np.empty((1, 10), dtype=object)
+    for split, trained in enumerate(grid_partitions()):
+        cells[0, split] = {"a": np.zeros((1, 3)), "b": np.zeros((1, 3)), "c": np.array([trained], dtype=float)}
+    savemat(root / folder / "features_and_partitions.mat", {"trainIdxAll": cells})
+    return {
+        "probe": {"ids": 250, "images": 250, "cameras": 6},
+        "gallery": {"ids": 250, "images": 1025, "cameras": 6},
+    }

@@ -10,22 +10,31 @@ import logging
 import warnings
 from pathlib import Path
 
-from lda.data import cuhk02, cuhk03, cuhk_sysu, market1501, msmt17
+from lda.data import cuhk02, cuhk03, cuhk_sysu, dukemtmcreid, grid, ilids, market1501, msmt17, prid, viper
 from lda.data.records import ImageRecord, ReidDataset
 from lda.data.tree import Severity, Survey
 from lda.errors import UsageError, unknown
+from lda.protocols import DATASETS
 
 __all__ = ["ImageRecord", "ReidDataset", "load_dataset", "survey_dataset"]
 
 CUHK03_BOXES = ("labeled", "detected")
 MSMT17_TRAIN = ("train", "train+val")
 
-_READERS = {
-    "market1501": lambda survey, boxes, train_list: market1501.read(survey),
-    "msmt17": lambda survey, boxes, train_list: msmt17.read(survey, train_list),
-    "cuhk_sysu": lambda survey, boxes, train_list: cuhk_sysu.read(survey),
-    "cuhk02": lambda survey, boxes, train_list: cuhk02.read(survey),
-    "cuhk03": lambda survey, boxes, train_list: cuhk03.read(survey, boxes),
+LEGACY = frozenset({"dukemtmcreid"})
+"""Withdrawn by their authors: read only on request."""
+
+_MODULES = {
+    "market1501": market1501,
+    "msmt17": msmt17,
+    "cuhk_sysu": cuhk_sysu,
+    "cuhk02": cuhk02,
+    "cuhk03": cuhk03,
+    "prid": prid,
+    "grid": grid,
+    "viper": viper,
+    "ilids": ilids,
+    "dukemtmcreid": dukemtmcreid,
 }
 
 _log = logging.getLogger(__name__)
@@ -38,19 +47,23 @@ def load_dataset(
     cuhk03_boxes: str = "labeled",
     msmt17_train: str = "train",
     strict: bool = True,
+    legacy: bool = False,
 ) -> ReidDataset:
     """Read one data set.
 
     Args:
-        name: market1501, msmt17, cuhk_sysu, cuhk02 or cuhk03.
+        name: a key of `lda.protocols.DATASETS`.
         root: the folder that holds the data set's folder, or that folder itself; see each module for its layouts.
         cuhk03_boxes: "labeled" or "detected" crops of CUHK03.
         msmt17_train: "train" (list_train) or "train+val" (both lists) of MSMT17.
         strict: counts must equal the published ones (or STANDIN.json's), names must fit; False only warns.
+        legacy: read a data set that its authors have withdrawn.
 
     Raises:
         UsageError: with everything that is wrong, in one line.
     """
+    if name in LEGACY and not legacy:
+        raise UsageError(f"{DATASETS[name]} was withdrawn by its authors; legacy=True reads it all the same")
     dataset, survey = survey_dataset(name, root, cuhk03_boxes=cuhk03_boxes, msmt17_train=msmt17_train)
     refused = survey.refused(strict)
     if refused or dataset is None:
@@ -67,15 +80,20 @@ def survey_dataset(
     name: str, root: Path | str, *, cuhk03_boxes: str = "labeled", msmt17_train: str = "train"
 ) -> tuple[ReidDataset | None, Survey]:
     """Read one data set as far as possible, with everything that was found; the doctor's view of `load_dataset`."""
-    if name not in _READERS:
-        raise UsageError(unknown("data set", name, _READERS))
+    if name not in _MODULES:
+        raise UsageError(unknown("data set", name, _MODULES))
     if cuhk03_boxes not in CUHK03_BOXES:
         raise UsageError(f"cuhk03_boxes: {unknown('value', cuhk03_boxes, CUHK03_BOXES)}")
     if msmt17_train not in MSMT17_TRAIN:
         raise UsageError(f"msmt17_train: {unknown('value', msmt17_train, MSMT17_TRAIN)}")
     survey = Survey(name, Path(root).expanduser().absolute())
     try:
-        dataset = _READERS[name](survey, cuhk03_boxes, msmt17_train)
+        if name == "cuhk03":
+            dataset = cuhk03.read(survey, cuhk03_boxes)
+        elif name == "msmt17":
+            dataset = msmt17.read(survey, msmt17_train)
+        else:
+            dataset = _MODULES[name].read(survey)
     except UsageError as error:
         survey.error(str(error))
         dataset = None

@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image
 
 from lda.data.cache import cache_dir
+from lda.data.matlab import load_mat
 from lda.data.records import ImageRecord, ReidDataset
 from lda.data.tree import Count, Grammar, Layout, Survey, listing, quoted
 from lda.errors import UsageError
@@ -136,21 +137,6 @@ def _protocol_lists(path: Path) -> _Lists:
         return {part: [(names[row], int(pids[row])) for row in index] for part, index in rows.items()}
     except (LookupError, ValueError) as error:
         raise UsageError(f"{path}: not a CUHK03 new-protocol file ({type(error).__name__}: {error})") from None
-
-
-def load_mat(path: Path) -> dict[str, Any]:
-    """A MATLAB 5 file. Raises UsageError if it is something else, such as a saved web page or a Git LFS pointer."""
-    with path.open("rb") as file:
-        head = file.read(32)
-    if not head.startswith(b"MATLAB 5.0"):
-        raise UsageError(f"{path}: not a MAT file, its first bytes are {head[:24]!r}; download it again")
-    from scipy.io import loadmat  # here because it takes a while to import and few data sets need it
-
-    try:
-        content: dict[str, Any] = loadmat(path)
-    except Exception as error:  # scipy raises many types for a damaged file
-        raise UsageError(f"{path}: damaged MAT file ({error}); download it again") from error
-    return content
 
 
 def _unpacked(mat: Path, boxes: str) -> Path:

@@ -24,6 +24,14 @@ class ImageRecord:
 
 
 @dataclass(frozen=True)
+class Split:
+    """One division of a small data set for testing: results are averaged over several."""
+
+    query: tuple[ImageRecord, ...]
+    gallery: tuple[ImageRecord, ...]
+
+
+@dataclass(frozen=True)
 class ReidDataset:
     """One data set as its release divides it.
 
@@ -33,6 +41,7 @@ class ReidDataset:
         train: images of the training persons.
         query: test images that ask.
         gallery: test images that are searched; may hold distractors.
+        splits: the divisions of a data set that has several; query and gallery are those of the first. Else empty.
         version: which of several releases or crops this is ("MSMT17_V2", "labeled"); printed with every result.
         standin: True for generated images that only imitate the data set.
         data_hash: content hash of the stand-in; "" for real data.
@@ -48,3 +57,4 @@ class ReidDataset:
     standin: bool = False
     data_hash: str = ""
     distractor_pids: frozenset[int] = frozenset()
+    splits: tuple[Split, ...] = ()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lda.data import load_dataset
-from lda.data.records import ImageRecord, ReidDataset
+from lda.data.records import ImageRecord, ReidDataset, Split
 from lda.errors import UsageError
 from lda.protocols import DATASETS, WITHOUT_CAMERAS, SourcePart, get_protocol
 
@@ -68,10 +68,11 @@ class Task:
         protocol, target: names.
         sources: the domains that train, in the protocol's order: position = domain index.
         validation: held-out identities, one set per source; empty if validation_fraction is 0.
-        test: the target's query and gallery.
+        test: the target's query and gallery; of the first split where it has several.
         standin: True if any of the data is generated.
         data_hash: content hash of the stand-in, "" for real data.
         versions: data set -> release or crops used.
+        test_splits: every split of the target; one where it has an official query and gallery.
     """
 
     protocol: str
@@ -82,6 +83,7 @@ class Task:
     standin: bool
     data_hash: str
     versions: dict[str, str]
+    test_splits: tuple[EvaluationSet, ...] = ()
 
 
 def build_task(
@@ -120,24 +122,33 @@ def build_task(
             held_out = _held_out(name, identities, validation_fraction)
             validation.append(_validation_set(name, [identities.pop(identity) for identity in held_out]))
         sources.append(_source(name, identities))
+    test_splits = _test_splits(datasets[target])
     hashes = sorted({dataset.data_hash for dataset in datasets.values()} - {""})
     return Task(
         protocol=protocol,
         target=target,
         sources=tuple(sources),
         validation=tuple(validation),
-        test=_test_set(datasets[target]),
+        test=test_splits[0],
         standin=any(dataset.standin for dataset in datasets.values()),
         data_hash="+".join(hashes),
         versions={name: dataset.version for name, dataset in datasets.items()},
+        test_splits=test_splits,
     )
 
 
 def evaluation_set(
     target: str, data_root: Path, *, cuhk03_boxes: str = "labeled", strict: bool = True
 ) -> EvaluationSet:
-    """A target's query and gallery alone. Raises UsageError if they cannot be read or the set has none."""
-    return _test_set(load_dataset(target, data_root, cuhk03_boxes=cuhk03_boxes, strict=strict))
+    """A target's query and gallery alone, of its first split. Raises UsageError if it has none or cannot be read."""
+    return evaluation_splits(target, data_root, cuhk03_boxes=cuhk03_boxes, strict=strict)[0]
+
+
+def evaluation_splits(
+    target: str, data_root: Path, *, cuhk03_boxes: str = "labeled", strict: bool = True
+) -> tuple[EvaluationSet, ...]:
+    """Every split of a target, alone. Raises UsageError if it has no query and gallery or cannot be read."""
+    return _test_splits(load_dataset(target, data_root, cuhk03_boxes=cuhk03_boxes, strict=strict))
 
 
 def _load(names: Iterable[str], data_root: Path, options: Mapping[str, Any]) -> dict[str, ReidDataset]:
@@ -155,10 +166,11 @@ def _load(names: Iterable[str], data_root: Path, options: Mapping[str, Any]) -> 
     return datasets
 
 
-def _test_set(dataset: ReidDataset) -> EvaluationSet:
+def _test_splits(dataset: ReidDataset) -> tuple[EvaluationSet, ...]:
     if not dataset.query or not dataset.gallery:
         raise UsageError(f"{DATASETS[dataset.name]} has no query and gallery: it is only trained on")
-    return EvaluationSet(dataset.name, dataset.query, dataset.gallery)
+    splits = dataset.splits or (Split(dataset.query, dataset.gallery),)
+    return tuple(EvaluationSet(dataset.name, split.query, split.gallery) for split in splits)
 
 
 def _identities(dataset: ReidDataset, part: SourcePart) -> _Identities:

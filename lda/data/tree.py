@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lda.data.records import ImageRecord, ReidDataset
+from lda.data.records import ImageRecord, ReidDataset, Split
 from lda.errors import UsageError
 from lda.protocols import DATASETS
 
@@ -189,8 +189,11 @@ class Survey:
         query: Sequence[ImageRecord] = (),
         gallery: Sequence[ImageRecord] = (),
         distractor_pids: Iterable[int] = (),
+        splits: Sequence[Split] = (),
     ) -> ReidDataset:
         """What was read, as a data set."""
+        if splits:
+            query, gallery = splits[0].query, splits[0].gallery
         return ReidDataset(
             name=self.name,
             root=self.found.folder if self.found else self.root,
@@ -201,6 +204,7 @@ class Survey:
             standin=self.standin is not None,
             data_hash=self.standin.content_hash if self.standin else "",
             distractor_pids=frozenset(distractor_pids),
+            splits=tuple(splits),
         )
 
     # --- finding -----------------------------------------------------------------------------------------------------
