@@ -209,9 +209,10 @@ def _coordinate(
         return 130
     complete = coordinator.any_complete()
     figures = ["analysis.buffer_bank", str(folder), "--output", str(folder / "figures")]
-    for line in report([["analysis.tables", str(folder)], figures] if complete else []):
+    failed = report([["analysis.tables", str(folder)], figures] if complete else [])
+    for line in failed:
         print(f"warning: {line}", file=sys.stderr)
-    if complete:
+    if complete and not failed:
         from sweeps.dashboard import log_study  # pandas and wandb: only now
 
         log_study(name, spec, plan.folder, plan.data.kind)

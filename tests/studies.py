@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parents[1]
 
 BASE: dict[str, Any] = {
     "epochs": 1, "steps_per_epoch": 4, "warmup_epochs": 0, "milestones": [], "bank_warmup_updates": 0,
-    "image_height": 32, "image_width": 16, "ids_per_batch": 4, "images_per_id": 2, "pad": 2, "log_every": 1, "wandb": "disabled",
+    "image_height": 32, "image_width": 16, "ids_per_batch": 4, "images_per_id": 2, "pad": 2,
+    "log_every": 1, "wandb": "disabled",
 }  # fmt: skip
+
+
+_STARTED: list[tuple[Command, subprocess.Popen[str]]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    """Import it, and a test that fails leaves no study running."""
+    yield
+    while _STARTED:
+        command, process = _STARTED.pop()
+        command.kill_everything(process)
 
 
 @dataclass
@@ -56,7 +71,7 @@ class Command:
         arguments = ["--study", str(self.folder / "mine.yaml"), "--data-root", str(self.data_root)]
         arguments += ["--output", str(self.folder / "runs"), "--workers", "1", *options]
         with (self.folder / "output.txt").open("w") as output:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, str(REPOSITORY / "sweeps" / "run.py"), *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -65,6 +80,8 @@ class Command:
                 env={**os.environ, **self.environment},
                 start_new_session=True,
             )
+        _STARTED.append((self, process))
+        return process
 
     def run(self, *options: str, timeout: float = 240) -> int:
         """Run it to its end. Returns the exit code."""
@@ -97,7 +114,8 @@ class Command:
         pids = self.workers()
         coordinator.kill()
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         coordinator.wait()
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import REPOSITORY, Command, wait_for
+from studies import REPOSITORY, Command, no_leftovers, wait_for
+
+__all__ = ["no_leftovers"]
 
 
 @pytest.fixture
