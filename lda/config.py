@@ -137,6 +137,7 @@ class Config:
         "ReNorm", choices=("fused", "aligned", "expert"),
     )  # fmt: skip
     flip_test: bool = setting(False, "average the features of image and mirror image", "field; ReNorm on")
+    test_split: int = setting(-1, "one split of a Protocol-1 target, from 0; -1 = all, averaged", low=-1, high=1000)
     average_precision: str = setting("step", "AP formula", "field", choices=("step", "trapezoid"))
 
     # --- data sets ---------------------------------------------------------------------------------------------------

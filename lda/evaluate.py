@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,78 +19,110 @@ from torch import Tensor, nn
 from lda.checkpoint import load_method, read_checkpoint
 from lda.config import Config, parse_overrides
 from lda.data.cache import cache_dir
-from lda.data.packed import PackedImages, pack
-from lda.data.records import ImageRecord
-from lda.data.sources import EvaluationSet, evaluation_set
-from lda.data.standin import ensure_standin
+from lda.data.packed import pack
+from lda.data.sources import EvaluationSet, evaluation_splits
+from lda.data.standin import MARKER, ensure_standin
 from lda.data.transforms import normalise
 from lda.device import choose_device, forward_context
 from lda.errors import UsageError
 from lda.method import Method
+from lda.protocols import SINGLE_SHOT
 from lda.ranking import RankingResult, evaluate_ranking
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of one set.
+    """One evaluation of one target.
 
     Attributes:
-        ranking: mAP, CMC and mINP.
+        rankings: mAP, CMC and mINP of every split; one split where the data set has an official query and gallery.
         feature_norm: mean norm of Network-E's features of the queries before normalisation.
         effective_rank: of the queries' features: exp of the entropy of their normalised singular values
             (Roy and Vetterli, 2007); falls towards 1 when features collapse.
     """
 
-    ranking: RankingResult
+    rankings: tuple[RankingResult, ...]
     feature_norm: float
     effective_rank: float
 
+    @property
+    def mAP(self) -> float:  # noqa: N802 - the field's spelling
+        """Mean over splits."""
+        return statistics.fmean(ranking.mAP for ranking in self.rankings)
+
 
 class Evaluator:
-    """A query and gallery whose images are packed once and evaluated as often as wanted."""
+    """The splits of one target, whose images are packed once and evaluated as often as wanted.
 
-    def __init__(self, images: EvaluationSet, config: Config, device: torch.device) -> None:
-        self.set, self.config, self.device = images, config, device
-        self._query = self._packed(images.query)
-        self._gallery = self._packed(images.gallery)
+    Every image passes the network once, however many splits use it.
+    """
 
-    def _packed(self, records: Sequence[ImageRecord]) -> PackedImages:
-        return pack(records, self.config.image_height, self.config.image_width, cache_dir())
+    def __init__(self, splits: Sequence[EvaluationSet], config: Config, device: torch.device) -> None:
+        self.splits, self.config, self.device = splits, config, device
+        records = [record for split in splits for record in (*split.query, *split.gallery)]
+        images = {record.path: record for record in records}
+        self._row = {path: row for row, path in enumerate(images)}
+        self._images = pack(list(images.values()), config.image_height, config.image_width, cache_dir())
+        self._queries = sorted({self._row[record.path] for split in splits for record in split.query})
+
+    @property
+    def name(self) -> str:
+        """The data set."""
+        return self.splits[0].name
 
     def __call__(self, method: Method) -> Evaluation:
         """Evaluate in the method's inference mode; leaves it in the mode it was in."""
         was_training = method.training
         method.eval()
-        query, gallery = self._features(method, self._query), self._features(method, self._gallery)
-        scale = torch.cat(list(self._passes(_Pooled(method), self._query))).norm(dim=1).mean()
+        features = self._passes(method, range(len(self._images)))
+        norms = self._passes(_Pooled(method), self._queries).norm(dim=1)
         method.train(was_training)
-        ranking = evaluate_ranking(
-            query,
-            gallery,
-            [record.pid for record in self.set.query],
-            [record.pid for record in self.set.gallery],
-            [record.camid for record in self.set.query],
-            [record.camid for record in self.set.gallery],
-            ap=self.config.average_precision,
-            camera_rule=self.set.camera_rule,
-        )
-        return Evaluation(ranking, float(scale), effective_rank(query))
+        rankings = tuple(self._ranking(split, features) for split in self.splits)
+        return Evaluation(rankings, float(norms.mean()), effective_rank(features[self._queries]))
 
-    def _features(self, method: nn.Module, images: PackedImages) -> Tensor:
-        return torch.cat(list(self._passes(method, images)))
+    def _ranking(self, split: EvaluationSet, features: Tensor) -> RankingResult:
+        ranking = evaluate_ranking(
+            features[[self._row[record.path] for record in split.query]],
+            features[[self._row[record.path] for record in split.gallery]],
+            [record.pid for record in split.query],
+            [record.pid for record in split.gallery],
+            [record.camid for record in split.query],
+            [record.camid for record in split.gallery],
+            ap=self.config.average_precision,
+            camera_rule=split.camera_rule,
+        )
+        single = split.name in SINGLE_SHOT and self.config.average_precision == "step"
+        if single and not math.isclose(ranking.mAP, ranking.mINP, abs_tol=1e-9):
+            raise RuntimeError(
+                f"{split.name}: mINP {ranking.mINP} is not mAP {ranking.mAP}, though every query has one match; "
+                "the query and gallery lists are wrong"
+            )
+        return ranking
 
     @torch.inference_mode()
-    def _passes(self, module: nn.Module, images: PackedImages) -> list[Tensor]:
+    def _passes(self, module: nn.Module, rows: Sequence[int]) -> Tensor:
+        """The module's outputs for some images, (len(rows), D)."""
         features: list[Tensor] = []
-        for start in range(0, len(images), self.config.evaluation_batch):
-            indices = np.arange(start, min(start + self.config.evaluation_batch, len(images)))
-            batch = normalise(images.batch(indices).to(self.device))
+        for start in range(0, len(rows), self.config.evaluation_batch):
+            batch = self._images.batch(np.array(rows[start : start + self.config.evaluation_batch]))
+            images = normalise(batch.to(self.device))
             with forward_context(self.device):
-                output = module(batch)
+                output = module(images)
                 if self.config.flip_test:
-                    output = output + module(batch.flip(3))
+                    output = output + module(images.flip(3))
             features.append(output.float())
-        return features
+        return torch.cat(features)
+
+
+def chosen_splits(splits: Sequence[EvaluationSet], config: Config) -> Sequence[EvaluationSet]:
+    """All splits of a target, or the one of `test_split`. Raises UsageError when there is no such split."""
+    if config.test_split < 0:
+        return splits
+    if config.test_split >= len(splits):
+        raise UsageError(
+            f"test_split: {splits[0].name} has {len(splits)} split(s), numbered from 0; got {config.test_split}"
+        )
+    return splits[config.test_split : config.test_split + 1]
 
 
 class _Pooled(nn.Module):
@@ -109,16 +143,24 @@ def effective_rank(features: Tensor) -> float:
     return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
 
 
-def metrics(ranking: RankingResult) -> dict[str, Any]:
-    """A ranking as the keys of result.json; fractions."""
-    return {
-        "mAP": ranking.mAP,
-        "rank1": ranking.rank1,
-        "rank5": ranking.rank5,
-        "rank10": ranking.rank10,
-        "mINP": ranking.mINP,
-        "num_valid_queries": ranking.num_valid_queries,
-    }
+def metrics(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as keys of result.json: fractions, means over splits, and every split where there are several."""
+    rows = [
+        {
+            "mAP": ranking.mAP,
+            "rank1": ranking.rank1,
+            "rank5": ranking.rank5,
+            "rank10": ranking.rank10,
+            "mINP": ranking.mINP,
+            "num_valid_queries": ranking.num_valid_queries,
+        }
+        for ranking in evaluation.rankings
+    ]
+    if len(rows) == 1:
+        return {**rows[0], "num_splits": 1}
+    means = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
+    spread = {f"{key}_std": statistics.stdev(row[key] for row in rows) for key in ("mAP", "rank1")}
+    return {**means, "num_splits": len(rows), **spread, "splits": rows}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -130,6 +172,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt of a run folder")
     parser.add_argument("--target", required=True, help="data set to evaluate on")
+    parser.add_argument("--split", type=int, help="one split only, from 0, as single-split papers do (Protocol-1)")
     parser.add_argument("--data-root", type=Path, help="folder with the data sets; without it, the stand-in")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
@@ -143,23 +186,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         checkpoint = read_checkpoint(options.checkpoint)
-        config = checkpoint.config.replace(target=options.target, **parse_overrides(options.set))
+        changes = parse_overrides(options.set)
+        if options.split is not None:
+            changes["test_split"] = options.split
+        config = checkpoint.config.replace(target=options.target, **changes)
         method = load_method(checkpoint)
         method.config = config
         device = choose_device(config)
         root = options.data_root or ensure_standin()
-        images = evaluation_set(options.target, root, cuhk03_boxes=config.cuhk03_boxes)
-        evaluation = Evaluator(images, config, device)(method.to(device))
+        splits = evaluation_splits(options.target, root, cuhk03_boxes=config.cuhk03_boxes)
+        evaluation = Evaluator(chosen_splits(splits, config), config, device)(method.to(device))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result = {
         "target": options.target,
-        "data": str(options.data_root or "stand-in"),
+        "data": "stand-in" if (root / MARKER).is_file() else "real",
         "inference": config.inference if config.method == "lda" else "baseline",
         "flip_test": config.flip_test,
         "average_precision": config.average_precision,
-        **metrics(evaluation.ranking),
+        **metrics(evaluation),
     }
     print(json.dumps(result, indent=1))
     return 0

@@ -23,7 +23,7 @@ from lda.data.standin import ensure_standin
 from lda.data.transforms import Augment
 from lda.device import choose_device, forward_context
 from lda.errors import UsageError
-from lda.evaluate import Evaluator, metrics
+from lda.evaluate import Evaluator, chosen_splits, metrics
 from lda.method import LDA, Losses, Method, build_method
 from lda.runs import RunFolder, environment, write_json
 from lda.tracking import RunLabels, Tracker
@@ -219,8 +219,8 @@ class _Unit:
     ) -> None:
         self.config, self.task, self.run, self.tracker, self.on_progress = config, task, run, tracker, on_progress
         self.trainer = Trainer(config, task, device)
-        self.validation = [Evaluator(images, config, device) for images in task.validation]
-        self.test = Evaluator(task.test, config, device)
+        self.validation = [Evaluator([images], config, device) for images in task.validation]
+        self.test = Evaluator(chosen_splits(task.test_splits, config), config, device)
         self.started = time.monotonic()
         self.seconds_before = 0.0
         self.images_per_second = 0.0
@@ -231,11 +231,11 @@ class _Unit:
         self._fit()
         per_source = self._validate() if self.config.selection == "source_validation" else {}
         test = self.test(self.trainer.method)
-        score = float(np.mean(list(per_source.values()))) if per_source else test.ranking.mAP
+        score = float(np.mean(list(per_source.values()))) if per_source else test.mAP
         self._save_bank()
         result = {
             **{key: getattr(self.config, key) for key in ("protocol", "target", "seed", "method")},
-            **metrics(test.ranking),
+            **metrics(test),
             "inference": self.config.inference if self.config.method == "lda" else "plain",
             "flip_test": self.config.flip_test,
             "average_precision": self.config.average_precision,
@@ -291,14 +291,14 @@ class _Unit:
     def _intermediate_score(self) -> float:
         if self.config.selection == "source_validation":
             return float(np.mean(list(self._validate().values())))
-        score = self.test(self.trainer.method).ranking.mAP  # oracle looks at the target, under that name only
+        score = self.test(self.trainer.method).mAP  # oracle looks at the target, under that name only
         self._log({"step": self.trainer.step, "epoch": self._epoch(), "val/oracle": score})
         return score
 
     def _validate(self) -> dict[str, float]:
         """mAP on the held-out identities of every source; logged."""
-        evaluations = {validation.set.name: validation(self.trainer.method) for validation in self.validation}
-        scores = {name: evaluation.ranking.mAP for name, evaluation in evaluations.items()}
+        evaluations = {validation.name: validation(self.trainer.method) for validation in self.validation}
+        scores = {name: evaluation.mAP for name, evaluation in evaluations.items()}
         ranks = [evaluation.effective_rank for evaluation in evaluations.values()]
         row = {"step": self.trainer.step, "epoch": self._epoch(), "val/mAP": float(np.mean(list(scores.values())))}
         row |= {f"val/{name}/mAP": score for name, score in scores.items()}
