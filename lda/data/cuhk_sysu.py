@@ -8,6 +8,8 @@ Layouts of the crops that circulate:
     a  `cuhk_sysu/cropped_images/p11422_s16929_1.jpg` (torchreid, fast-reid, ACL, META): person, scene, number
     b  `CUHK-SYSU/cropped_image/p00001_n01_s00001_hard0.png` (MetaBIN): person, appearance, scene, hard
     c  `CUHK-SYSU/bounding_box_train/1_c0_1.jpg` (BAU): person, 0 or 1
+    d  the person-search release itself, `annotation/Person.mat` and `Image/SSM/s1.jpg`, which `python -m
+       lda.data.person_search` cuts into layout b
 The images of one person come from a few scenes, so there are no cameras in any useful sense: every image gets camera 0,
 as in the tools that read layout a (MetaBIN takes the scene number instead).
 """
@@ -39,10 +41,21 @@ LAYOUTS = (
     ),
 )
 
+RELEASE = Layout(
+    name="person-search release",
+    folders=("CUHK-SYSU", "cuhk_sysu", "cuhksysu", "CUHK-SYSU/dataset"),
+    parts=("annotation/Person.mat", "Image/SSM"),
+)
+
 
 def read(survey: Survey) -> ReidDataset | None:
     """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`."""
-    found = survey.locate(*LAYOUTS)
+    found = survey.locate(*LAYOUTS, RELEASE)
+    if found is not None and found.layout is RELEASE:
+        survey.error(
+            f"{survey.title}: {found.folder} is the person-search release; crop the persons with "
+            f"python -m lda.data.person_search --input {found.folder} --output {survey.root}"
+        )
     if found is None or found.layout.grammar is None:
         return None
     matched = survey.images(found.folder, found.layout.grammar)

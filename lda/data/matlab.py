@@ -12,6 +12,8 @@ def load_mat(path: Path) -> dict[str, Any]:
     """A MATLAB 5 file. Raises UsageError if it is something else, such as a saved web page or a Git LFS pointer."""
     with path.open("rb") as file:
         head = file.read(32)
+    if head.startswith(b"MATLAB 7.3"):
+        raise UsageError(f"{path}: a MATLAB 7.3 file where MATLAB 5.0 is expected; download the original again")
     if not head.startswith(b"MATLAB 5.0"):
         raise UsageError(f"{path}: not a MAT file, its first bytes are {head[:24]!r}; download it again")
     from scipy.io import loadmat  # here because it takes a while to import and few data sets need it
