@@ -26,6 +26,9 @@ from typing import IO, Any
 from lda.config import Config
 from lda.errors import UsageError
 
+_UMASK = os.umask(0)  # can only be read by setting it
+os.umask(_UMASK)
+
 _PACKAGES = ("lda-reid", "torch", "torchvision", "numpy", "pillow", "wandb", "optuna")
 
 
@@ -39,6 +42,7 @@ def atomic(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)  # a temporary file is its owner's alone; a run folder is not
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

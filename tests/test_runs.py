@@ -48,6 +48,12 @@ def test_atomic_under_sigkill(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["n"] >= 3
 
 
+def test_files_are_as_readable_as_the_users_others(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_json(tmp_path / "file.json", {})
+    assert (tmp_path / "file.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_json_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nan"):
         write_json(tmp_path / "file.json", {"mAP": float("nan")})
