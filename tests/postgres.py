@@ -32,14 +32,14 @@ def free_port() -> int:
 
 
 class Server:
-    """Started on construction. `host` is what it listens on beside the loopback."""
+    """Started on construction; listens on every address."""
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
+    def __init__(self) -> None:
         found = binaries()
         if found is None:
             pytest.skip("no PostgreSQL here: install the package postgresql")
         self._bin = found
-        self.host, self.port = host, free_port()
+        self.port = free_port()
         self.user = getpass.getuser() if os.getuid() else _unprivileged()
         self.folder = Path(tempfile.mkdtemp(prefix="lda-postgres-"))
         (self.folder / "password").write_text(PASSWORD)
@@ -55,13 +55,11 @@ class Server:
     @property
     def url(self) -> str:
         """URL of the database, with its password."""
-        return f"postgresql://lab:{PASSWORD}@{self.host}:{self.port}/postgres"
+        return f"postgresql://lab:{PASSWORD}@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:
         """Start, and wait until it answers."""
-        options = (
-            f"-p {self.port} -c listen_addresses={self.host} -c unix_socket_directories={self.folder} -c fsync=off"
-        )
+        options = f"-p {self.port} -c listen_addresses=* -c unix_socket_directories={self.folder} -c fsync=off"
         self._control("start", "-w", "-l", str(self.folder / "log"), "-o", options)
 
     def stop(self) -> None:

@@ -48,6 +48,7 @@ class Command:
     search: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         search = {
@@ -72,7 +73,7 @@ class Command:
         arguments += ["--output", str(self.folder / "runs"), "--workers", "1", *options]
         with (self.folder / "output.txt").open("w") as output:
             process = subprocess.Popen(
-                [sys.executable, str(REPOSITORY / "sweeps" / "run.py"), *arguments],
+                [*self.prefix, sys.executable, str(REPOSITORY / "sweeps" / "run.py"), *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -107,7 +108,7 @@ class Command:
 
     def workers(self) -> list[int]:
         """Process ids of the workers of this study that live."""
-        return [pid for pid in _processes() if str(self.study) in _log_of(pid)]
+        return [pid for pid in _processes() if str(self.study) in log_of(pid)]
 
     def kill_everything(self, coordinator: subprocess.Popen[str]) -> None:
         """SIGKILL to the coordinator and its workers, as a power cut would."""
@@ -123,13 +124,28 @@ def _processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
 
 
-def _log_of(pid: int) -> str:
+def log_of(pid: int) -> str:
     """Where a worker's stdout goes: its log in the study's folder. Other processes: nothing of interest."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         return os.readlink(f"/proc/{pid}/fd/1") if b"sweeps.worker" in command else ""
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return ""
+
+
+def children_of(pid: int) -> list[tuple[int, str]]:
+    """(id, command line) of every process below this one."""
+    found, parents = [], {pid}
+    for child in sorted(_processes()):
+        try:
+            parent = int(Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            command = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if parent in parents:
+            parents.add(child)
+            found.append((child, command))
+    return found
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 90, process: subprocess.Popen[str] | None = None) -> None:
