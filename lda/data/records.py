@@ -58,3 +58,10 @@ class ReidDataset:
     data_hash: str = ""
     distractor_pids: frozenset[int] = frozenset()
     splits: tuple[Split, ...] = ()
+
+    @property
+    def test_splits(self) -> tuple[Split, ...]:
+        """Every query and gallery to be tested; empty for a data set that is only trained on."""
+        if self.splits or not self.query:
+            return self.splits
+        return (Split(self.query, self.gallery),)

@@ -8,6 +8,7 @@ positions of the sorted keys.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lda.data import load_dataset
-from lda.data.records import ImageRecord, ReidDataset, Split
+from lda.data.cache import cache_dir
+from lda.data.records import ImageRecord, ReidDataset
+from lda.data.verify import check_images
 from lda.errors import UsageError
 from lda.protocols import DATASETS, WITHOUT_CAMERAS, SourcePart, get_protocol
 
@@ -105,7 +108,9 @@ def build_task(
         protocol, target: names, see `lda.protocols`.
         data_root: folder that holds the data sets.
         validation_fraction: share of each source's identities held out of training, at least 2 where it is above 0.
-        cuhk03_boxes, msmt17_train, strict: see `lda.data.load_dataset`.
+        cuhk03_boxes, msmt17_train: see `lda.data.load_dataset`.
+        strict: as there; False also decodes every source image once and leaves damaged ones out of training. A damaged
+            test image stays an error: leaving it out would change the metric.
 
     Raises:
         UsageError: for unknown names, and for everything that is missing or wrong in any of the data sets, at once.
@@ -118,6 +123,8 @@ def build_task(
     sources, validation = [], []
     for name in names:
         identities = _identities(datasets[name], rules.source_part)
+        if not strict:
+            identities = _without_damaged(name, identities)
         if validation_fraction > 0:
             held_out = _held_out(name, identities, validation_fraction)
             validation.append(_validation_set(name, [identities.pop(identity) for identity in held_out]))
@@ -167,10 +174,9 @@ def _load(names: Iterable[str], data_root: Path, options: Mapping[str, Any]) -> 
 
 
 def _test_splits(dataset: ReidDataset) -> tuple[EvaluationSet, ...]:
-    if not dataset.query or not dataset.gallery:
+    if not dataset.test_splits:
         raise UsageError(f"{DATASETS[dataset.name]} has no query and gallery: it is only trained on")
-    splits = dataset.splits or (Split(dataset.query, dataset.gallery),)
-    return tuple(EvaluationSet(dataset.name, split.query, split.gallery) for split in splits)
+    return tuple(EvaluationSet(dataset.name, split.query, split.gallery) for split in dataset.test_splits)
 
 
 def _identities(dataset: ReidDataset, part: SourcePart) -> _Identities:
@@ -183,6 +189,21 @@ def _identities(dataset: ReidDataset, part: SourcePart) -> _Identities:
             if record.pid not in dataset.distractor_pids:
                 identities.setdefault(("test", record.pid), []).append(record)
     return {key: sorted(identities[key], key=lambda record: record.path) for key in sorted(identities)}
+
+
+def _without_damaged(name: str, identities: _Identities) -> _Identities:
+    """The identities without images that cannot be decoded, which are warned of."""
+    paths = [record.path for images in identities.values() for record in images]
+    damaged = {path: check.problem for path, check in check_images(paths, cache_dir(), DATASETS[name]).items()
+               if check.problem}  # fmt: skip
+    if not damaged:
+        return identities
+    warnings.warn(
+        f"{DATASETS[name]}: {len(damaged)} damaged image(s) left out of training: {next(iter(damaged.values()))}",
+        stacklevel=3,
+    )
+    kept = {key: [record for record in images if record.path not in damaged] for key, images in identities.items()}
+    return {key: images for key, images in kept.items() if images}
 
 
 def _source(name: str, identities: _Identities) -> SourceDomain:

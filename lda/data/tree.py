@@ -143,6 +143,7 @@ class Survey:
         findings: everything found, in order.
         found: where the data set lies, once located.
         also_found: other places, or other layouts, that would have served.
+        absent: True if the root holds nothing of the data set, not even something of a similar name.
         standin: the stand-in's marker, None for real data.
         counts: part -> (counted, expected) for every part compared.
     """
@@ -152,6 +153,7 @@ class Survey:
     findings: list[Finding] = field(default_factory=list)
     found: Found | None = None
     also_found: list[Found] = field(default_factory=list)
+    absent: bool = False
     standin: StandIn | None = None
     counts: dict[str, tuple[Count, Count | None]] = field(default_factory=dict)
 
@@ -242,8 +244,9 @@ class Survey:
         if partial:
             self.error(f"{self.title} is incomplete: {partial[0]}; expected {expected}")
             return
-        wanted = {part for layout in layouts for name in layout.folders for part in name.split("/")}
+        wanted = {name.split("/")[0] for layout in layouts for name in layout.folders}
         near = _near(self.root, wanted)
+        self.absent = not near
         hint = f"; similar names there: {', '.join(near)}" if near else ""
         self.error(f"{self.title} not found in {self.root}: expected {expected}{hint}")
 
@@ -419,9 +422,16 @@ def _near(root: Path, wanted: Iterable[str]) -> list[str]:
     for top in subfolders(root)[:200]:
         inner = [f"{top}/{sub}" for sub in subfolders(root / top)[:50]] if _few_entries(root / top) else []
         for name in (top, *inner):
-            if difflib.get_close_matches(_fold(name.rpartition("/")[2]), targets, n=1, cutoff=0.7):
+            if any(_similar(_fold(name.rpartition("/")[2]), target) for target in targets):
                 near.append(name)
     return near[:5]
+
+
+def _similar(one: str, other: str) -> bool:
+    """Alike, and not of another number: CUHK02 is no misspelling of CUHK03."""
+    first, second = ("".join(filter(str.isdecimal, name)) for name in (one, other))
+    same_number = first.startswith(second) or second.startswith(first)
+    return same_number and difflib.SequenceMatcher(None, one, other).ratio() >= 0.7
 
 
 def _fold(name: str) -> str:

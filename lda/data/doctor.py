@@ -1,0 +1,193 @@
+"""`python -m lda.data.doctor --data-root DIR`: what is there, its counts beside the published ones, what is wrong.
+
+Exit status: 0 all that was found is sound, 1 something is wrong, 2 bad usage. A data set that is simply not there is
+reported, and wrong only if it was asked for by name or nothing at all was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lda.data import CUHK03_BOXES, LEGACY, survey_dataset
+from lda.data.cache import cache_dir
+from lda.data.packed import verify as verify_packed
+from lda.data.records import ReidDataset
+from lda.data.tree import Finding, Severity, Survey, quoted
+from lda.data.verify import SMALL, Check, check_images
+from lda.errors import UsageError, unknown
+from lda.protocols import DATASETS
+
+_WORDS = {Severity.NOTE: "note", Severity.WARNING: "warning", Severity.STRICT: "error", Severity.ERROR: "error"}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One data set (CUHK03: one kind of boxes) as the doctor found it."""
+
+    title: str
+    dataset: ReidDataset | None
+    survey: Survey
+    strict: bool
+    required: bool
+
+    @property
+    def verdict(self) -> str:
+        """ok, warnings, wrong or absent."""
+        if self.survey.absent and not self.required:
+            return "absent"
+        if self.survey.refused(self.strict):
+            return "wrong"
+        return "warnings" if any(f.severity >= Severity.WARNING for f in self.survey.findings) else "ok"
+
+
+def diagnose(root: Path, names: Sequence[str] = (), *, strict: bool = True, verify: bool = False) -> list[Diagnosis]:
+    """Examine the data sets below `root`: those named, or all but withdrawn ones.
+
+    `verify`: decode every image as well. Raises UsageError if `root` is no folder or a name is unknown.
+    """
+    if not root.is_dir():
+        raise UsageError(f"--data-root {root} does not exist or is not a folder")
+    for name in names:
+        if name not in DATASETS:
+            raise UsageError(unknown("data set", name, DATASETS))
+    diagnoses = []
+    for name in names or [name for name in DATASETS if name not in LEGACY]:
+        for boxes in CUHK03_BOXES if name == "cuhk03" else ("labeled",):
+            dataset, survey = survey_dataset(name, root, cuhk03_boxes=boxes, msmt17_train=_msmt17_train(name, root))
+            if verify and dataset is not None:
+                _verify(dataset, survey)
+            title = f"{DATASETS[name]} {boxes}" if name == "cuhk03" else DATASETS[name]
+            diagnoses.append(Diagnosis(title, dataset, survey, strict, required=name in names))
+    return _with_other_boxes_optional(diagnoses)
+
+
+def report(diagnoses: Sequence[Diagnosis]) -> Iterator[str]:
+    """The lines of the report."""
+    for diagnosis in diagnoses:
+        survey, dataset = diagnosis.survey, diagnosis.dataset
+        found = survey.found
+        where = f"{found.folder} (layout {found.layout.name})" if found else "not found"
+        version = f", version {dataset.version}" if dataset else ""
+        standin = f", stand-in {survey.standin.content_hash[:12]}" if survey.standin else ""
+        yield f"{diagnosis.title:<18} {diagnosis.verdict:<9} {where}{version}{standin}"
+        if survey.counts:
+            expected = "STANDIN.json" if survey.standin else "published"
+            yield f"    {'part':<10} {'ids':>7} {'images':>8} {'cameras':>8}   {expected}: ids, images, cameras"
+        for part, (counted, wanted) in survey.counts.items():
+            numbers = f"{_number(counted.ids):>7} {counted.images:>8} {_number(counted.cameras):>8}"
+            beside = f"{_number(wanted.ids)}, {wanted.images}, {_number(wanted.cameras)}" if wanted else "-"
+            yield f"    {part:<10} {numbers}   {beside}"
+        for finding in survey.findings:
+            yield f"    {_word(finding, diagnosis)}: {finding.text}"
+    totals = Counter(diagnosis.verdict for diagnosis in diagnoses)
+    yield ", ".join(f"{totals[word]} {word}" for word in ("ok", "warnings", "wrong", "absent") if totals[word])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lda.data.doctor",
+        description="Examine data sets: where they are, their counts beside the published ones, what is wrong.",
+    )
+    parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="folder that holds the data sets")
+    parser.add_argument(
+        "--dataset", nargs="+", default=[], metavar="NAME",
+        help="only these, and wrong if they are missing (default: all but withdrawn ones): " + ", ".join(DATASETS),
+    )  # fmt: skip
+    parser.add_argument("--verify", action="store_true", help="decode every image once; results are remembered")
+    parser.add_argument("--lenient", action="store_true", help="warn of differences from the published data sets")
+    options = parser.parse_args(arguments)
+    try:
+        root = options.data_root.expanduser().absolute()
+        diagnoses = diagnose(root, options.dataset, strict=not options.lenient, verify=options.verify)
+        damaged = _damaged_packs(cache_dir()) if options.verify else []
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    for line in (*report(diagnoses), *(f"error: {path}: damaged packed images; delete it" for path in damaged)):
+        print(line)
+    verdicts = {diagnosis.verdict for diagnosis in diagnoses}
+    return int("wrong" in verdicts or verdicts == {"absent"} or bool(damaged))
+
+
+def _msmt17_train(name: str, root: Path) -> str:
+    """Both lists where both can be read, so that both are counted."""
+    if name != "msmt17":
+        return "train"
+    dataset, survey = survey_dataset(name, root, msmt17_train="train+val")
+    return "train+val" if dataset is not None and not survey.refused(strict=False) else "train"
+
+
+def _with_other_boxes_optional(diagnoses: list[Diagnosis]) -> list[Diagnosis]:
+    """CUHK03 needs one kind of boxes: the other kind may be missing."""
+    boxes = [diagnosis for diagnosis in diagnoses if diagnosis.survey.name == "cuhk03"]
+    for missing in boxes:
+        if missing.survey.found is None and any(other.survey.found for other in boxes):
+            missing.survey.findings = [Finding(Severity.NOTE, finding.text) for finding in missing.survey.findings]
+            missing.survey.absent = True
+    return diagnoses
+
+
+def _verify(dataset: ReidDataset, survey: Survey) -> None:
+    """Decode all images of a data set; what is wrong becomes a finding."""
+    test = {record.path for split in dataset.test_splits for record in (*split.query, *split.gallery)}
+    paths = [*(record.path for record in dataset.train), *test]
+    checks = check_images(paths, cache_dir(), survey.title)
+    for path, check in checks.items():
+        if check.problem and path in test:
+            survey.error(f"{check.problem}; a test image cannot be left out")
+        elif check.problem:
+            survey.strict(check.problem)
+        elif min(check.width, check.height) < SMALL:
+            survey.warn(f"{path}: only {check.width} x {check.height} pixels")
+    turned = [path.name for path, check in checks.items() if check.turned]
+    if turned:
+        survey.note(f"{len(turned)} image(s) are turned as their EXIF data say: {quoted(turned)}")
+    modes = Counter(check.mode for check in checks.values() if check.mode not in ("RGB", ""))
+    if modes:
+        listed = ", ".join(f"{count} of mode {mode}" for mode, count in sorted(modes.items()))
+        survey.note(f"images converted to RGB: {listed}")
+    _find_twins(dataset, survey, checks)
+
+
+def _find_twins(dataset: ReidDataset, survey: Survey, checks: dict[Path, Check]) -> None:
+    """Error for a query whose very file lies in the gallery under another camera: it would find itself."""
+    for split in dataset.test_splits:
+        asked = {checks[record.path].digest: record for record in split.query}
+        twins = [
+            (asked[digest], record)
+            for record in split.gallery
+            if (digest := checks[record.path].digest) in asked and asked[digest].camid != record.camid
+        ]
+        if twins:
+            query, gallery = twins[0]
+            survey.error(
+                f"{len(twins)} query image(s) lie in the gallery under another camera, e.g. {query.path} and "
+                f"{gallery.path}: such a query finds itself; remove one of them"
+            )
+            return
+
+
+def _damaged_packs(cache: Path) -> list[Path]:
+    return [path for path in sorted((cache / "packed").glob("*.u8")) if not verify_packed(path)]
+
+
+def _word(finding: Finding, diagnosis: Diagnosis) -> str:
+    lenient = finding.severity is Severity.STRICT and not diagnosis.strict
+    absent = diagnosis.verdict == "absent"
+    return "warning" if lenient else "note" if absent else _WORDS[finding.severity]
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
