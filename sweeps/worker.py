@@ -122,9 +122,15 @@ class Worker:
 
     def _attempt(self, ledger: Ledger, trial: Trial) -> None:
         job = job_of(self.spec, trial)
-        beat = ledger.heartbeat(trial.number)
+        record = ledger.heartbeat(trial.number)
+
+        def beat() -> None:
+            if record is not None:
+                record()
+            self.sign.touch()
+
         limit = self.spec.grace_seconds - self.spec.heartbeat_seconds
-        heart = Heartbeat(beat or (lambda: None), self.spec.heartbeat_seconds, limit)
+        heart = Heartbeat(beat, self.spec.heartbeat_seconds, limit)
         with heart:
             self._event(f"{job.title} started ({job.settings})")
             self._guarded(ledger, trial, job, heart)
@@ -196,12 +202,13 @@ class Worker:
             self._status_written = time.monotonic()
             device = os.environ.get("CUDA_VISIBLE_DEVICES") or "cpu"
             with contextlib.suppress(OSError):
-                self.sign.write({"worker": self.id, "device": device, "time": time.time(), **self._status})
+                self.sign.write({"worker": self.id, "device": device, **self._status})
 
 
 def _watch_stdin(stop: threading.Event) -> None:
     """When stdin ends, ask the unit to stop, and make sure of it."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin.buffer: its lock, held at exit, aborts the interpreter
+        pass
     stop.set()
     time.sleep(STOP_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
