@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,11 @@ from lda.errors import UsageError
 from lda.runs import environment, write_json
 from sweeps.assignment import EXIT_USAGE, STOP_SECONDS, Assignment
 from sweeps.devices import Slot
-from sweeps.display import EventLines
+from sweeps.display import Display, Snapshot, snapshot
 from sweeps.folders import StudyFolder, read_json
 from sweeps.heartbeat import EXIT_FENCED
 from sweeps.jobs import confirm_study, enqueue_confirmation, enqueue_first_points, entry_job
-from sweeps.ledger import Budget, Entry, Kind, Ledger
+from sweeps.ledger import Budget, Entry, Kind, Ledger, entries
 from sweeps.mirror import Mirror
 from sweeps.spec import StudySpec, differences, from_dict, same_study, to_dict
 from sweeps.storage import create_or_load, masked, open_storage
@@ -108,18 +107,33 @@ class Plan:
     join: bool = False
 
 
-def joined_spec(study: str, storage: str, folder: Path) -> StudySpec:
-    """The spec of a running study, as its coordinator resolved it. Raises UsageError when there is none."""
-    if storage.startswith("sqlite:///") and not Path(storage.removeprefix("sqlite:///")).exists():
-        raise UsageError(f"--join: no study {study!r} in {folder}; start it without --join first")
-    opened = open_storage(storage, 60, 180)
+def running_study(study: str, url: str, folder: Path) -> tuple[StudySpec, Budget, list[Entry], list[Entry]]:
+    """A study that exists: its spec as its coordinator resolved it, its budget, its search and confirmation so far.
+
+    Raises UsageError when there is none.
+    """
+    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
+        raise UsageError(f"no study {study!r} in {folder} yet; start it first")
+    storage = open_storage(url, 60, 180)
     try:
-        attributes = optuna.load_study(study_name=study, storage=opened).user_attrs
+        loaded = optuna.load_study(study_name=study, storage=storage)
     except KeyError:
-        raise UsageError(f"--join: no study {study!r} in {masked(storage)}; start it without --join first") from None
-    if "spec" not in attributes:
-        raise UsageError(f"--join: study {study!r} is still being set up, try again in a moment")
-    return from_dict(attributes["spec"])
+        raise UsageError(f"no study {study!r} in {masked(url)} yet; start it first") from None
+    if "spec" not in loaded.user_attrs:
+        raise UsageError(f"study {study!r} is still being set up, try again in a moment")
+    spec = from_dict(loaded.user_attrs["spec"])
+    confirm: list[Entry] = []
+    with contextlib.suppress(KeyError):  # the search is not over
+        confirm = entries(optuna.load_study(study_name=confirm_study(study), storage=storage).get_trials())
+    return spec, study_budget(spec), entries(loaded.get_trials()), confirm
+
+
+def study_budget(spec: StudySpec) -> Budget:
+    """The budget of a study's search; its wall clock begins now."""
+    search = spec.search
+    trials = len(spec.first_points) if search.sampler == "grid" else search.trials
+    until = None if search.hours is None else time.time() + 3600 * search.hours
+    return Budget(trials, search.retries, search.device_hours, until)
 
 
 class Coordinator:
@@ -129,10 +143,7 @@ class Coordinator:
         self.plan, self.spec, self.folder = plan, plan.spec, plan.folder
         self.folder.workers.mkdir(parents=True, exist_ok=True)
         self.storage: BaseStorage = open_storage(plan.storage, plan.spec.heartbeat_seconds, plan.spec.grace_seconds)
-        search = self.spec.search
-        until = None if search.hours is None else time.time() + 3600 * search.hours
-        trials = len(self.spec.first_points) if search.sampler == "grid" else search.trials
-        self.budget = Budget(trials, search.retries, search.device_hours, until)
+        self.budget = study_budget(plan.spec)
         self.search = self._set_up_search()
         self.confirm: Ledger | None = None
         self.mirror = Mirror(self.folder, self.spec)
@@ -142,6 +153,7 @@ class Coordinator:
         self._deaths_in_vain, self._attempts_seen = 0, -1
         self._failure: Exception | None = None
         self._outage = False
+        self._known: tuple[list[Entry], list[Entry]] = (self.search.entries(), [])
 
     # --- setting up --------------------------------------------------------------------------------------------------
 
@@ -156,6 +168,7 @@ class Coordinator:
                 f"the images in {self.plan.data.root} are not those that study {self.plan.study!r} was begun with; "
                 "restore them, or give another --output"
             )
+        study.set_user_attr("spec", to_dict(self.spec))  # budgets may have changed; --join and --status read them here
         ledger = Ledger(self.storage, study, self.budget)
         enqueue_first_points(self.spec, ledger)  # the budget or the list of points may have grown
         self._write_study()
@@ -216,43 +229,27 @@ class Coordinator:
 
         Raises UsageError when a worker finds the data or the settings unusable, StudyError when workers cannot start.
         """
-        events = EventLines(self.folder)
         self._safely_upkeep("interrupted")  # what an earlier command left behind
         finished = False
-        with self._signals():
+        with self._signals(), Display(self.folder, self.spec.grace_seconds, self.look) as display:
             try:
                 while not self.stop.is_set() and not finished:
                     self._supervise()
                     finished = self._safely_upkeep("lost")
                     end = time.monotonic() + _UPKEEP_SECONDS
                     while time.monotonic() < end and not self.stop.is_set() and not finished:
-                        self._print(events)
+                        display.refresh()
                         self.stop.wait(_POLL_SECONDS)
             finally:
                 self._stop_workers()
                 self._safely_upkeep("interrupted")
-                self._print(events)
         if self._failure is not None:
             raise self._failure
         return finished
 
-    def any_complete(self) -> bool:
-        """Whether any configuration got through."""
-        return any(entry.last.state == TrialState.COMPLETE for entry in self.search.entries())
-
-    def summary(self) -> str:
-        """How the study ended, in one line."""
-        known = self.search.entries()
-        count = Counter(entry.last.state for entry in known)
-        retried = sum(len(entry.attempts) > 1 for entry in known)
-        return (
-            f"{self.plan.study}: {count[TrialState.COMPLETE]} trials complete, {count[TrialState.PRUNED]} pruned, "
-            f"{count[TrialState.FAIL]} failed, {retried} tried more than once; {self.folder.path}"
-        )
-
-    def _print(self, events: EventLines) -> None:
-        for line in events.new():
-            print(line, flush=True)
+    def look(self) -> Snapshot:
+        """The study as of the last upkeep."""
+        return snapshot(self.plan.study, self.spec, self.folder, self.budget, *self._known)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -306,6 +303,7 @@ class Coordinator:
         ):
             self.confirm = self._set_up_confirmation(known)
         confirming = [] if self.confirm is None else self.confirm.entries()
+        self._known = (known, confirming)
         self.mirror.update(known, confirming)
         return searched and all(entry.ended(self.budget.retries) for entry in confirming)
 

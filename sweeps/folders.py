@@ -11,6 +11,7 @@ workers/<host>-<slot>.log   what a worker printed
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -65,8 +66,12 @@ class StudyFolder:
             file.write(json.dumps(row) + "\n")
 
     def statuses(self) -> list[dict[str, Any]]:
-        """What every live worker said last, sorted by worker."""
-        return [read_json(path) for path in sorted(self.workers.glob("*.json"))]
+        """What every worker here said last, and when it was last alive (seconds since the epoch), by worker."""
+        found = []
+        for path in sorted(self.workers.glob("*.json")):
+            with contextlib.suppress(FileNotFoundError):  # it left meanwhile
+                found.append({**read_json(path), "alive": path.stat().st_mtime})
+        return found
 
     def dead_workers(self) -> Iterator[str]:
         """Ids of workers that ended without a word; `forget_worker` removes what they left."""
@@ -98,6 +103,11 @@ class WorkerSign:
     def write(self, status: dict[str, Any]) -> None:
         """Say what the worker does now."""
         write_json(self._folder.workers / f"{self._worker}.json", status)
+
+    def touch(self) -> None:
+        """Say that the worker lives, and nothing new."""
+        with contextlib.suppress(OSError):  # before the first status, or a full disk; the storage has the real sign
+            os.utime(self._folder.workers / f"{self._worker}.json")
 
     def remove(self) -> None:
         """Leave in good order."""

@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--study", help="a study's name (see --list), or a YAML file", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="list the studies with their cost")
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
+    parser.add_argument("--status", action="store_true", help="print how the study stands, from any shell or machine")
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="the real data sets; without it, the stand-in")
     parser.add_argument("--output", type=Path, default=Path("runs"), metavar="DIR", help="parent of the study's folder")
     parser.add_argument("--trials", type=_positive, metavar="N", help="configurations to try, instead of the study's")
@@ -113,6 +114,9 @@ def _run(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     name = file.stem
     folder = given.output / name
     url = storage_url(given.storage or os.environ.get(VARIABLE), folder)
+    if given.status:
+        _status(name, url, folder)
+        return 0
     spec = _spec(given, file, url, folder)
     if given.dry_run:
         print(_description(name, spec, given, folder, url))
@@ -125,9 +129,9 @@ def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> Stud
         settled = {"--set": given.set, "--seed": given.seed is not None, "--trials": given.trials}
         if changed := [option for option, value in settled.items() if value]:
             raise UsageError(f"--join takes the study as it runs; leave out {' and '.join(changed)}")
-        from sweeps.coordinator import joined_spec
+        from sweeps.coordinator import running_study
 
-        return joined_spec(file.stem, url, folder)
+        return running_study(file.stem, url, folder)[0]
     if given.data_root is not None and not given.data_root.is_dir():
         raise UsageError(f"--data-root {given.data_root}: there is no such folder")
     standin = given.data_root is None or (given.data_root / "STANDIN.json").is_file()
@@ -140,6 +144,15 @@ def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> Stud
         trials=given.trials,
         confirm_seeds=given.confirm_seeds,
     )
+
+
+def _status(name: str, url: str, folder: Path) -> None:
+    from sweeps.coordinator import running_study
+    from sweeps.display import print_status, snapshot
+    from sweeps.folders import StudyFolder
+
+    spec, budget, search, confirm = running_study(name, url, folder)
+    print_status(snapshot(name, spec, StudyFolder(folder), budget, search, confirm), spec.grace_seconds)
 
 
 def _description(name: str, spec: StudySpec, given: argparse.Namespace, folder: Path, url: str) -> str:
@@ -184,6 +197,7 @@ def _coordinate(
 ) -> int:
     from sweeps.coordinator import Coordinator, Plan, StudyError, prepare_data, report
     from sweeps.devices import plan_slots
+    from sweeps.display import status_line
     from sweeps.folders import StudyFolder
 
     config = spec.config(spec.targets[0], spec.seed, {})
@@ -207,7 +221,8 @@ def _coordinate(
     if not finished:
         print(f"interrupted; everything finished is kept. Go on with:\n  {plan.command}", file=sys.stderr)
         return 130
-    complete = coordinator.any_complete()
+    now = coordinator.look()
+    complete = now.complete > 0
     figures = ["analysis.buffer_bank", str(folder), "--output", str(folder / "figures")]
     failed = report([["analysis.tables", str(folder)], figures] if complete else [])
     for line in failed:
@@ -216,7 +231,9 @@ def _coordinate(
         from sweeps.dashboard import log_study  # pandas and wandb: only now
 
         log_study(name, spec, plan.folder, plan.data.kind)
-    print(coordinator.summary())
+    for line in now.failures:
+        print(f"given up: {line}", file=sys.stderr)
+    print(f"{name}: {status_line(now)}; {folder}")
     return 0 if complete else 1
 
 

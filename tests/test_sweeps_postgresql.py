@@ -65,7 +65,7 @@ def test_a_second_machine_joins_and_the_first_dies(server: Server, tmp_path: Pat
     wait_for(lambda: bool(list(b.study.glob("trial-*/*/config.json"))), process=second)
     a.kill_everything(first)
     assert second.wait(180) == 0, b.output
-    assert "6 trials complete, 0 pruned, 0 failed" in b.output
+    assert "6 of 6 trials (0 pruned, 0 failed" in b.output
 
     ran = [*a.results(), *b.results()]
     assert len(ran) == len(set(ran)) == 12  # every unit once, on one machine or the other

@@ -31,6 +31,9 @@ def test_killed_in_its_second_trial_a_study_goes_on_with_the_same_command(tmp_pa
     wait_for(lambda: command.workers() == [], 30)  # they do not outlive their coordinator
     before = command.results()
     assert len(before) >= 3
+    assert command.run("--status") == 0
+    assert "1 of 2 trials (0 pruned, 0 failed" in command.output
+    assert "trial-0000 complete: score" in command.output
 
     assert command.run("--workers", "2") == 0, command.output
     assert before.items() <= command.results().items()  # nothing finished was run again
@@ -49,7 +52,7 @@ def test_killed_in_its_second_trial_a_study_goes_on_with_the_same_command(tmp_pa
     assert (study["study"], study["data"], study["selection"]) == ("mine", "stand-in", "source_validation")
     assert study["defaults"] == {"bank_momentum": 0.9}
 
-    assert "2 trials complete, 0 pruned, 0 failed" in command.output
+    assert "2 of 2 trials (0 pruned, 0 failed, 1 retried), confirmed 3 of 3" in command.output
     assert "STAND-IN" in command.output  # the table
     assert (command.study / "figures" / "buffer_bank.png").exists()
 
@@ -86,7 +89,7 @@ def test_a_loss_that_is_not_finite_is_counted_and_not_repeated(command: Command)
     trial = command.trial("trial-0000")
     assert (trial["state"], trial["attempts"]) == ("failed", 1)
     assert "at step" in trial["reason"]
-    assert "0 trials complete, 0 pruned, 1 failed" in command.output
+    assert "given up: trial-0000: loss" in command.output
 
 
 def test_data_that_cannot_be_used_stops_the_study(tmp_path: Path) -> None:
@@ -110,7 +113,8 @@ def test_data_that_cannot_be_used_stops_the_study(tmp_path: Path) -> None:
         (["--study", "smoke", "--data-root", "nowhere"], "--data-root nowhere: there is no such folder"),
         (["--study", "smoke", "--trials", "0"], "argument --trials: expected 1 or more, got '0'"),
         (["--study", "smoke", "--storage", "mysql://u:pw@h/d"], "--storage mysql://u:***@h/d: unknown kind of storage"),
-        (["--study", "smoke", "--join"], "--join: no study 'smoke' in runs/smoke; start it without --join first"),
+        (["--study", "smoke", "--join"], "no study 'smoke' in runs/smoke yet; start it first"),
+        (["--study", "smoke", "--status"], "no study 'smoke' in runs/smoke yet; start it first"),
         (["--study", "smoke", "--join", "--seed", "1"], "--join takes the study as it runs; leave out --seed"),
         ([], "--study NAME is missing; one of: "),
     ],

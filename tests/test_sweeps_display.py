@@ -1,0 +1,139 @@
+"""What a study shows: computed from storage and files, drawn for a terminal and for a log."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from rich.console import Console
+
+from lda.runs import write_json
+from sweeps.display import Display, EventLines, Snapshot, duration, live_view, snapshot, standing, status_line
+from sweeps.folders import StudyFolder
+from sweeps.jobs import enqueue_first_points
+from sweeps.ledger import UNIT, Budget, Ledger
+from sweeps.space import distributions
+from sweeps.spec import StudySpec, load, resolve, study_file
+from sweeps.storage import create_or_load, open_storage, storage_url
+
+
+@pytest.fixture
+def spec() -> StudySpec:
+    return resolve(load(study_file("smoke")), study_file("smoke"), trials=4, confirm_seeds=1)
+
+
+def look(spec: StudySpec, folder: Path) -> Snapshot:
+    """A study of four trials: the defaults complete, one better, one given up, one running its second unit."""
+    storage = open_storage(storage_url(None, folder), 20, 60)
+    budget = Budget(trials=4, retries=0)
+    ledger = Ledger(storage, create_or_load(storage, "s", lambda study: None), budget)
+    enqueue_first_points(spec, ledger)
+    space = distributions(spec.search.space)
+    for score in (0.5, 0.625, None):
+        trial = ledger.ask(space, "w-done")
+        assert trial is not None
+        if score is None:
+            ledger.release(trial.number, "error", "ValueError: bad luck")
+            continue
+        for target in spec.targets:
+            trial.set_user_attr(UNIT + target, {"seconds": 30.0, "score": score})
+        ledger.study.tell(trial, score)
+    trial = ledger.ask(space, "w-busy")
+    assert trial is not None
+    trial.set_user_attr(UNIT + spec.targets[0], {"seconds": 30.0, "score": 0.4})
+    return snapshot("s", spec, StudyFolder(folder), budget, ledger.entries(), [])
+
+
+def test_counts_and_expectations(spec: StudySpec, tmp_path: Path) -> None:
+    now = look(spec, tmp_path)
+    assert (now.complete, now.failed, now.running, now.budget) == (2, 1, 1, 4)
+    assert now.device_seconds == 7 * 30
+    assert now.remaining == 30.0 * (2 + 3 * 3)  # two units of the running trial, three runs to confirm; one worker
+    assert now.default == 0.5
+    assert now.best is not None
+    assert now.best[:2] == ("trial-0001", 0.625)
+    assert now.failures == ("trial-0002: ValueError: bad luck",)
+    assert status_line(now).startswith("3 of 4 trials (0 pruned, 1 failed, 0 retried), 1 running, confirmed 0 of 3, ")
+    assert "about 6 min to go, 0.06 device-hours" in status_line(now)
+    assert standing(now).endswith("defaults 50.0% (+12.5%)")
+
+
+def test_a_worker_of_another_machine_is_known_from_the_storage_alone(spec: StudySpec, tmp_path: Path) -> None:
+    (row,) = look(spec, tmp_path).workers
+    assert (row.worker, row.trial, row.target, row.age) == ("w-busy", "trial-0003", spec.targets[1], None)
+
+
+def test_the_view_of_a_terminal(spec: StudySpec, tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path)
+    status = {"worker": "w-busy", "device": "cpu", "state": "running", "trial": "trial-0003", "target": "msmt17"}
+    status |= {"seed": 0, "epoch": 3, "epochs": 10, "score": 0.375, "images_per_second": 123.4}
+    write_json(folder.workers / "w-busy.json", status)
+    os.utime(folder.workers / "w-busy.json", (time.time() - 90, time.time() - 90))
+    folder.event("something happened")
+    console = Console(record=True, width=140, file=io.StringIO(), force_terminal=True, color_system="standard")
+    console.print(live_view(look(spec, tmp_path), grace_seconds=60))
+    shown = console.export_text(styles=True)
+    assert re.search(r"\x1b\[1;31m\s*9\d s", shown)  # red: silent for longer than the grace period
+    plain = " ".join(word for word in Console(width=140).render_str(shown).plain.split())
+    for text in ("trial-0003", "MSMT17", "3/10", "37.5%", "123", "something happened", "given up: trial-0002"):
+        assert text in plain
+
+
+def test_event_lines_leave_out_what_was_there_and_what_is_half_written(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path)
+    folder.event("before")
+    lines = EventLines(folder)
+    folder.event("one")
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": "2026-01-01T00:00:00+00:00", "text": "two"})[:-5])
+    assert [line.split("  ")[1] for line in lines.new()] == ["one"]
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('two"}\n')
+    assert len(lines.new()) == 1
+    assert lines.new() == []
+
+
+def test_a_pipe_gets_plain_lines(spec: StudySpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = StudyFolder(tmp_path)
+    with Display(folder, 60, lambda: look(spec, tmp_path)) as display:
+        folder.event("one")
+        display.refresh()
+        folder.event("two")
+    printed = capsys.readouterr().out
+    assert [line.split("  ")[1] for line in printed.splitlines()] == ["one", "two"]
+    assert "\x1b" not in printed
+
+
+def test_an_empty_study(spec: StudySpec, tmp_path: Path) -> None:
+    now = snapshot("s", spec, StudyFolder(tmp_path), Budget(4, 2), [], [])
+    assert now.remaining is None
+    assert standing(now) == "no score of the defaults yet"
+    assert status_line(now).startswith("0 of 4 trials")
+
+
+def test_pruned_trials_are_never_the_best(spec: StudySpec, tmp_path: Path) -> None:
+    study = optuna.create_study(direction="maximize")
+    for score, state in ((0.9, TrialState.PRUNED), (0.6, TrialState.COMPLETE)):
+        trial = study.ask(distributions(spec.search.space))
+        trial.report(score, 1)
+        study.tell(trial, score if state == TrialState.COMPLETE else None, state=state)
+    from sweeps.ledger import entries
+
+    now = snapshot("s", spec, StudyFolder(tmp_path), Budget(2, 2), entries(study.get_trials()), [])
+    assert (now.complete, now.pruned) == (1, 1)
+    assert now.best is not None
+    assert now.best[0] == "trial-0001"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (89, "89 s"), (120, "2 min"), (7200, "2.0 h"), (4e5, "4.6 days")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
