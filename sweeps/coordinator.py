@@ -94,7 +94,6 @@ class Plan:
         folder: runs/<study>.
         storage: URL, password and all.
         command: as typed, its storage URL masked; also how to go on after an interruption.
-        join: whether the study must exist already.
     """
 
     study: str
@@ -104,7 +103,6 @@ class Plan:
     storage: str
     slots: tuple[Slot, ...]
     command: str
-    join: bool = False
 
 
 def running_study(study: str, url: str, folder: Path) -> tuple[StudySpec, Budget, list[Entry], list[Entry]]:
@@ -160,8 +158,10 @@ class Coordinator:
     def _set_up_search(self) -> Ledger:
         """Create the study, or check that the one that exists is the same."""
         self._check_same(read_json(path)["spec"] if (path := self.folder.path / "study.json").exists() else None)
-        study = create_or_load(self.storage, self.plan.study, self._prepare_search)
+        study, created = create_or_load(self.storage, self.plan.study, self._prepare_search)
         attributes = study.user_attrs
+        # A study begun by this command is repeatable; whoever comes later must not repeat proposals.
+        self._salt = "" if created else uuid.uuid4().hex
         self._check_same(attributes["spec"])
         if attributes["data_hash"] != self.plan.data.hashes:
             raise UsageError(
@@ -314,7 +314,7 @@ class Coordinator:
             enqueue_confirmation(self.spec, known, Ledger(self.storage, study, budget))
 
         name = confirm_study(self.plan.study)
-        ledger = Ledger(self.storage, create_or_load(self.storage, name, prepare), budget)
+        ledger = Ledger(self.storage, create_or_load(self.storage, name, prepare)[0], budget)
         enqueue_confirmation(self.spec, known, ledger)  # the search or the number of seeds may have grown
         return ledger
 
@@ -368,7 +368,6 @@ class Coordinator:
         return process
 
     def _assignment(self, slot: Slot) -> Assignment:
-        host = f"{platform.node()} {uuid.uuid4()}" if self.plan.join else ""
         return Assignment(
             study=self.plan.study,
             spec=to_dict(self.spec),
@@ -378,7 +377,7 @@ class Coordinator:
             data_hash=self.plan.data.hashes,
             slot=slot.index,
             threads=slot.threads,
-            salt=f"{host} {slot.index} {self._started} {len(self.search.trials())}",
+            salt=f"{self._salt} {slot.index} {self._started}",
             until=self.budget.until,
         )
 

@@ -209,7 +209,6 @@ def _coordinate(
         storage=url,
         slots=tuple(plan_slots(given.workers, config.threads, config.device)),
         command=shlex.join(["python", "sweeps/run.py", *arguments]),
-        join=given.join,
     )
     _announce(plan, given.set)
     coordinator = Coordinator(plan)

@@ -133,25 +133,26 @@ def patiently(action: Callable[[], T], seconds: float, errors: Sequence[type[Bas
             pause = min(2 * pause, 5.0)
 
 
-def create_or_load(storage: BaseStorage, name: str, prepare: Callable[[Study], None]) -> Study:
-    """The study `name`, created and prepared exactly once however many processes ask at the same moment.
+def create_or_load(storage: BaseStorage, name: str, prepare: Callable[[Study], None]) -> tuple[Study, bool]:
+    """(the study `name`, whether this call created it), prepared once however many processes ask at the same moment.
 
     Whoever creates it runs `prepare` and marks it ready; the others wait for the mark. A creator that died in between
     is replaced after a while: `prepare` must only add what is missing.
     """
     import optuna
 
+    created = True
     try:
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
     except optuna.exceptions.DuplicatedStudyError:
-        study = optuna.load_study(storage=storage, study_name=name)
+        study, created = optuna.load_study(storage=storage, study_name=name), False
         end = time.monotonic() + _CREATION_SECONDS
         while "ready" not in study.user_attrs and time.monotonic() < end:
             time.sleep(0.2)
     if "ready" not in study.user_attrs:
         prepare(study)
         study.set_user_attr("ready", True)
-    return study
+    return study, created
 
 
 def study_names(storage: BaseStorage) -> list[str]:

@@ -249,7 +249,8 @@ def postgresql_restarted(arena: Arena) -> Play:
 @named("joined machine, first one killed (PostgreSQL)")
 def machine_killed(arena: Arena) -> Play:
     arena.server()
-    first, second = arena.command("a"), arena.command("b")
+    many = {"trials": 12}  # for the second machine to find work when it is up
+    first, second = arena.command("a", search=many), arena.command("b", search=many)
     one = first.start("--workers", "2")
     wait_for(training(first, 0), process=one)
     two = second.start("--join")
@@ -265,7 +266,8 @@ def network_cut(arena: Arena) -> Play:
     arena.server()
     assert arena.url is not None
     arena.url = arena.url.replace("127.0.0.1", address)
-    first, second = arena.command("a"), arena.command("b")
+    many = {"trials": 12}  # for the second machine to find work when it is up
+    first, second = arena.command("a", search=many), arena.command("b", search=many)
     second.prefix = ("ip", "netns", "exec", name)
     one = first.start()
     wait_for(training(first, 0), process=one)

@@ -33,7 +33,7 @@ def look(spec: StudySpec, folder: Path) -> Snapshot:
     """A study of four trials: the defaults complete, one better, one given up, one running its second unit."""
     storage = open_storage(storage_url(None, folder), 20, 60)
     budget = Budget(trials=4, retries=0)
-    ledger = Ledger(storage, create_or_load(storage, "s", lambda study: None), budget)
+    ledger = Ledger(storage, create_or_load(storage, "s", lambda study: None)[0], budget)
     enqueue_first_points(spec, ledger)
     space = distributions(spec.search.space)
     for score in (0.5, 0.625, None):

@@ -24,7 +24,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def ledger(url: str, trials: int = 3, **options: Any) -> Ledger:
     storage = open_storage(url, 1, 3)
-    study = create_or_load(storage, "s", lambda study: None)
+    study = create_or_load(storage, "s", lambda study: None)[0]
     study.sampler = optuna.samplers.RandomSampler(seed=0)
     return Ledger(storage, study, Budget(trials=trials, **{"retries": 2, **options}))
 
