@@ -290,10 +290,9 @@ def disk_full(arena: Arena) -> Play:
     for trial in (0, 1):
         wait_for(training(command, trial), process=process)
         filling = arena.folder / "filling"
-        with filling.open("wb") as file, suppress(OSError):
+        with filling.open("wb", buffering=0) as file, suppress(OSError):
             while True:
                 file.write(bytes(4096))
-                file.flush()
         time.sleep(2.5)
         filling.unlink()
     return 2, [command], process.wait(300)

@@ -1,0 +1,94 @@
+"""Run a study on a SLURM cluster: an array of tasks, each the ordinary command, all on one storage.
+
+    python -m sweeps.slurm --tasks 8 --slurm partition=gpu gpus_per_node=1 time=720 -- \\
+        --study protocol3 --data-root DIR --storage journal --output /shared/runs
+
+What follows `--` is the command line of sweeps/run.py, with a PostgreSQL URL or, where all nodes share a disk, with
+`--storage journal`. A task that is preempted or runs out of time leaves a study that the same command goes on with.
+Needs submitit (install lda-reid[slurm]); `--cluster local` runs the tasks on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lda.errors import UsageError
+from sweeps.run import parser as run_parser
+from sweeps.storage import VARIABLE
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sweeps.slurm",
+        description="Run a study as an array of SLURM tasks.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--tasks", type=int, default=4, metavar="N", help="size of the array")
+    parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: on this machine")
+    parser.add_argument(
+        "--logs", type=Path, default=Path("runs/slurm"), metavar="DIR", help="folder of the tasks' output"
+    )
+    parser.add_argument("--wait", action="store_true", help="wait until every task has ended")
+    parser.add_argument(
+        "--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="sbatch options, such as partition=gpu time=720"
+    )
+    parser.add_argument("run", nargs=argparse.REMAINDER, metavar="-- ...", help="command line of sweeps/run.py")
+    return parser
+
+
+def run_task(arguments: list[str]) -> int:
+    """One task: the ordinary command in a process of its own, so that signals end it as they end a shell's."""
+    return subprocess.run([sys.executable, "-m", "sweeps.run", *arguments]).returncode
+
+
+def slurm_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["partition=gpu", "time=720"]` -> submitit's parameters. Raises UsageError naming the pair."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--slurm {pair!r}: expected KEY=VALUE, for example partition=gpu")
+        options[f"slurm_{key}"] = int(value) if value.isdigit() else value
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 submitted (with --wait: every task done), 1 a task failed, 2 bad usage."""
+    given = parser().parse_args(arguments)
+    try:
+        return _submit(given)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _submit(given: argparse.Namespace) -> int:
+    try:
+        import submitit
+    except ImportError:
+        raise UsageError("submitit is not installed; install lda-reid[slurm]") from None
+    run = [argument for argument in given.run if argument != "--"]
+    checked = run_parser().parse_args(run)  # a mistake is told here, not on every node
+    if given.cluster == "slurm" and checked.storage is None and VARIABLE not in os.environ:
+        raise UsageError(
+            f"several nodes need --storage postgresql://... or journal (or {VARIABLE}); sqlite serves one machine"
+        )
+    executor = submitit.AutoExecutor(folder=given.logs, cluster=given.cluster)
+    executor.update_parameters(name=f"lda-{checked.study}", **slurm_options(given.slurm))
+    jobs = executor.map_array(run_task, [run] * given.tasks)
+    print(f"{len(jobs)} tasks submitted: {', '.join(job.job_id for job in jobs)}; output in {given.logs}", flush=True)
+    if not given.wait:
+        return 0
+    return max(job.result() for job in jobs)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,41 @@
+"""The SLURM launcher, with submitit's executor that runs the array on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from studies import Command, no_leftovers
+
+from lda.errors import UsageError
+from sweeps.slurm import main, slurm_options
+
+pytest.importorskip("submitit", reason="the SLURM launcher needs submitit, install lda-reid[slurm]")
+
+__all__ = ["no_leftovers"]
+
+
+def test_options() -> None:
+    assert slurm_options(["partition=gpu", "time=720"]) == {"slurm_partition": "gpu", "slurm_time": 720}
+    with pytest.raises(UsageError, match="expected KEY=VALUE"):
+        slurm_options(["partition"])
+
+
+def test_sqlite_is_refused_for_several_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--logs", str(tmp_path), "--", "--study", "smoke"]) == 2
+    assert "sqlite serves one machine" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_array_of_two_tasks_shares_a_study(
+    tmp_path: Path, standin_tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = Command(tmp_path, standin_tiny, search={"trials": 4}, base={"steps_per_epoch": 20})
+    monkeypatch.chdir(tmp_path)
+    run = ["--study", "mine.yaml", "--data-root", str(standin_tiny), "--workers", "1", "--storage", "journal"]
+    assert main(["--cluster", "local", "--tasks", "2", "--wait", "--logs", str(tmp_path / "logs"), "--", *run]) == 0
+    assert len(command.results()) == 8
+    workers = {path.name for path in (command.study / "workers").glob("*.log")}
+    assert workers == {f"{os.uname().nodename}-0.log"}
+    assert sum(" started" in event for event in command.events()) == 4
