@@ -66,10 +66,13 @@ def test_equal_generators_give_equal_batches_and_leave_the_rest_alone() -> None:
 def test_window_of_the_padded_image() -> None:
     images, pad = _images(5), 3
     rows, columns = torch.tensor([0, 3, 6, 1, 5]), torch.tensor([6, 3, 0, 2, 5])
+    flip = torch.tensor([False, True, True, False, True])
     for index, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
-        padded = tv.pad(images[index], [pad])
-        expected = tv.crop(padded, row, column, 12, 6)
-        assert torch.equal(shifted(images, pad, rows, columns)[index], expected)
+        image = tv.horizontal_flip(images[index]) if flip[index] else images[index]
+        expected = tv.crop(tv.pad(image, [pad]), row, column, 12, 6)
+        assert torch.equal(shifted(images, pad, rows, columns, flip)[index], expected)
+    nowhere = torch.zeros(5, dtype=torch.int64)
+    assert torch.equal(shifted(images, 0, nowhere, nowhere, flip & False), images)
 
 
 def test_every_flip_and_shift_is_equally_likely() -> None:

@@ -21,8 +21,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,8 +147,9 @@ def _unpacked(mat: Path, boxes: str) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    partial = folder.parent / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
+        partial.mkdir()
         for name, image in _mat_images(mat, boxes):
             Image.fromarray(image).save(partial / name)
         os.replace(partial, folder)  # the folder appears only when it is whole

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from torch import Generator, Tensor
 # Of ImageNet, for RGB in 0..1, as the backbone's weights expect.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+CHUNK = 16  # images augmented at a time on a CPU: what is between the steps then stays in its cache
 
 BRIGHTNESS = 0.15  # factor within 1 -+ this; ReNorm, META
 CONTRAST = 0.1
@@ -51,53 +54,98 @@ class Augment:
         `generator` is a CPU generator; equal states give equal batches.
         """
         count = len(images)
-        if self.auto_augment_probability > 0:
-            chosen = torch.rand(count, generator=generator) < self.auto_augment_probability
-            seeds = torch.randint(2**62, (count,), generator=generator)
-            images = auto_augmented(images, chosen, seeds)
-        if self.pad > 0:
-            rows, columns = torch.randint(2 * self.pad + 1, (2, count), generator=generator)
-            images = shifted(images, self.pad, rows, columns)
-        if self.flip_probability > 0:
-            flip = torch.rand(count, generator=generator) < self.flip_probability
-            images = torch.where(flip.to(images.device)[:, None, None, None], images.flip(3), images)
-        colours = images.float()
-        if self.jitter_probability > 0:
-            chosen = torch.rand(count, generator=generator) < self.jitter_probability
-            factors = torch.rand(2, count, generator=generator) * 2 - 1
-            brightness_first = torch.rand(count, generator=generator) < 0.5
-            which = chosen.nonzero()[:, 0]
-            colours[which.to(colours.device)] = jittered(
-                colours[which.to(colours.device)],
-                brightness=1 + BRIGHTNESS * factors[0, which],
-                contrast=1 + CONTRAST * factors[1, which],
-                brightness_first=brightness_first[which],
-            )
-        return _standardised(colours)
+        draws = self._draw(count, generator)
+        images = auto_augmented(images, draws.auto_augment, draws.auto_augment_seed)
+        output = torch.empty(images.shape, device=images.device)
+        size = CHUNK if images.device.type == "cpu" else max(count, 1)
+        for part in (slice(start, start + size) for start in range(0, count, size)):
+            window = shifted(images[part], self.pad, draws.rows[part], draws.columns[part], draws.flip[part])
+            colours = output[part].copy_(window)
+            if self.jitter_probability > 0:
+                jittered(colours, draws.brightness[part], draws.contrast[part], draws.brightness_first[part])
+            _standardised(colours)
+        return output
+
+    def _draw(self, count: int, generator: Generator) -> _Draws:
+        def happens(probability: float) -> Tensor:
+            return torch.rand(count, generator=generator) < probability
+
+        def factor(strength: float) -> Tensor:
+            return 1 + strength * (2 * torch.rand(count, generator=generator) - 1)
+
+        jitter = happens(self.jitter_probability)
+        return _Draws(
+            auto_augment=happens(self.auto_augment_probability),
+            auto_augment_seed=torch.randint(2**62, (count,), generator=generator),
+            rows=torch.randint(2 * self.pad + 1, (count,), generator=generator),
+            columns=torch.randint(2 * self.pad + 1, (count,), generator=generator),
+            flip=happens(self.flip_probability),
+            brightness=torch.where(jitter, factor(BRIGHTNESS), 1.0),
+            contrast=torch.where(jitter, factor(CONTRAST), 1.0),
+            brightness_first=happens(0.5),
+        )
 
 
-def shifted(images: Tensor, pad: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """The H x W window of each zero-padded image whose upper left corner is (rows, columns), each (B,) in 0..2 pad."""
-    _, _, height, width = images.shape
-    windows = F.pad(images, [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view (B, 3, 2p+1, 2p+1, H, W)
-    device = images.device
-    return windows[torch.arange(len(images), device=device), :, rows.to(device), columns.to(device)]
+class _Draws(NamedTuple):
+    """What happens to each image of a batch; every entry (B,)."""
+
+    auto_augment: Tensor
+    auto_augment_seed: Tensor
+    rows: Tensor
+    columns: Tensor
+    flip: Tensor
+    brightness: Tensor
+    contrast: Tensor
+    brightness_first: Tensor
+
+
+def shifted(images: Tensor, pad: int, rows: Tensor, columns: Tensor, flip: Tensor) -> Tensor:
+    """Windows of zero-padded images.
+
+    Args:
+        images: (B, C, H, W).
+        pad: pixels on every side.
+        rows, columns: (B,) upper left corner of each H x W window in its padded image, 0 to 2 pad.
+        flip: (B,) mirror the image before.
+    """
+    padded = F.pad(images, [pad] * 4)  # (B, C, H + 2p, W + 2p)
+    as_is, mirrored = (~flip).nonzero()[:, 0], flip.nonzero()[:, 0]
+    corners = rows * padded.stride(2) + columns
+    parts = [
+        _windows(source, which * padded.stride(0) + corners[which], images)
+        for source, which in ((padded, as_is), (padded.flip(3), mirrored))
+    ]
+    back = torch.cat([as_is, mirrored]).argsort()
+    return torch.cat(parts).index_select(0, back.to(images.device))
+
+
+def _windows(padded: Tensor, starts: Tensor, images: Tensor) -> Tensor:
+    """Windows of the shape of `images` that start at positions `starts` of the flat memory of `padded`.
+
+    Every such window is an element of one view of that memory, so that index_select copies whole rows; indexing by
+    element takes several times as long.
+    """
+    _, channels, height, width = images.shape
+    size = (channels - 1) * padded.stride(1) + (height - 1) * padded.stride(2) + width
+    shape = (padded.numel() - size + 1, channels, height, width)
+    windows = padded.as_strided(shape, (1, padded.stride(1), padded.stride(2), 1))
+    return windows.index_select(0, starts.to(images.device))
 
 
 def jittered(images: Tensor, brightness: Tensor, contrast: Tensor, brightness_first: Tensor) -> Tensor:
-    """Brightness and contrast of float images in 0..255 (B, 3, H, W) multiplied by factors (B,), in either order.
+    """Brightness and contrast of float images in 0..255 (B, 3, H, W) multiplied by factors (B,), in place.
 
     Brightness scales towards black, contrast towards the image's mean grey; values are cut at 0 and 255 after each.
+    `brightness_first`: (B,) which of the two comes first.
     """
-    device = images.device
-    brightness, contrast = brightness.to(device)[:, None, None, None], contrast.to(device)[:, None, None, None]
-    first = brightness_first.to(device)[:, None, None, None]
+    brightness, contrast, first = (
+        value.to(images.device)[:, None, None, None] for value in (brightness, contrast, brightness_first)
+    )
     one = torch.ones_like(brightness)
-    images = (images * torch.where(first, brightness, one)).clamp_(0, 255)
-    luma = images.new_tensor(_LUMA)[:, None, None]
-    grey = (images * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    images = (grey + contrast * (images - grey)).clamp_(0, 255)
-    return (images * torch.where(first, one, brightness)).clamp_(0, 255)
+    images.mul_(torch.where(first, brightness, one)).clamp_(0, 255)
+    grey = (images.mean((2, 3), keepdim=True) * images.new_tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)
+    images.mul_(contrast).add_((1 - contrast) * grey).clamp_(0, 255)
+    return images.mul_(torch.where(first, one, brightness)).clamp_(0, 255)
 
 
 def auto_augmented(images: Tensor, chosen: Tensor, seeds: Tensor) -> Tensor:
