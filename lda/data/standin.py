@@ -38,7 +38,7 @@ from lda.data.standin_scenes import camera_of, photograph, stable_rng
 from lda.errors import UsageError, unknown
 from lda.protocols import DATASETS
 
-VERSION = 0
+VERSION = 1
 """Of the drawing. Results on different versions do not compare."""
 
 MARKER = "STANDIN.json"
