@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from optuna.trial import Trial
 
 from lda.config import Config
 from lda.tracking import RunLabels
-from lda.trainer import Progress, run_unit
+from lda.trainer import Progress, TrainingError, run_unit
 from sweeps.assignment import Assignment
 from sweeps.folders import StudyFolder, read_json, unit_name
 from sweeps.jobs import Job
@@ -108,11 +108,11 @@ class Attempt:
                     labels=self._labels(target),
                     on_progress=on_progress,
                 )
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+                if isinstance(error, TrainingError) or not _disk_full(folder):
                     raise
                 if not full:
-                    self.event(f"{self.job.title} {target} waits: {error}")
+                    self.event(f"{self.job.title} {target} waits: the disk of {folder} is full")
                 full = True
                 time.sleep(_FULL_DISK_SECONDS)
                 self.check()
@@ -148,3 +148,10 @@ class Attempt:
             tags=("stand-in" if self.assignment.data_hash[target] else "real", study, target),
             folder=self.folder.path,
         )
+
+
+def _disk_full(folder: Path) -> bool:
+    """Whether there is no room for what a unit writes: one more checkpoint, or 16 MiB before the first."""
+    checkpoint = folder / "checkpoint.pt"
+    needed = checkpoint.stat().st_size if checkpoint.exists() else 2**24
+    return shutil.disk_usage(folder.parent).free < needed
