@@ -337,7 +337,7 @@ class Coordinator:
         if code == EXIT_USAGE:
             self._failure = UsageError(_last_line(self._log(slot)).removeprefix("error: "))
             return False
-        attempts = len(self.search.trials()) + (0 if self.confirm is None else len(self.confirm.trials()))
+        attempts = sum(len(entry.attempts) for known in self._known for entry in known)
         self._deaths_in_vain = 0 if attempts != self._attempts_seen else self._deaths_in_vain + 1
         self._attempts_seen = attempts
         if self._deaths_in_vain >= _DEATHS_IN_VAIN + len(self.plan.slots):
