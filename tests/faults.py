@@ -284,7 +284,7 @@ def network_cut(arena: Arena) -> Play:
 @named("disk full while a unit writes")
 def disk_full(arena: Arena) -> Play:
     """The study lies on a small file system that is filled up for a while, twice."""
-    arena.stack.enter_context(_small_disk(arena.folder, mebibytes=48))
+    arena.stack.enter_context(_small_disk(arena.folder, mebibytes=200))
     command = arena.command()
     process = command.start()
     for trial in (0, 1):
@@ -292,7 +292,7 @@ def disk_full(arena: Arena) -> Play:
         filling = arena.folder / "filling"
         with filling.open("wb", buffering=0) as file, suppress(OSError):
             while True:
-                file.write(bytes(4096))
+                file.write(bytes(65536))
         time.sleep(2.5)
         filling.unlink()
     return 2, [command], process.wait(300)
