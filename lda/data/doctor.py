@@ -73,7 +73,7 @@ def report(diagnoses: Sequence[Diagnosis]) -> Iterator[str]:
         found = survey.found
         where = f"{found.folder} (layout {found.layout.name})" if found else "not found"
         version = f", version {dataset.version}" if dataset else ""
-        standin = f", stand-in {survey.standin.content_hash[:12]}" if survey.standin else ""
+        standin = f", stand-in {survey.standin.hash_of(survey.name)[:12]}" if survey.standin else ""
         yield f"{diagnosis.title:<18} {diagnosis.verdict:<9} {where}{version}{standin}"
         if survey.counts:
             expected = "STANDIN.json" if survey.standin else "published"

@@ -6,9 +6,11 @@ One seed gives the same decoded pixels on any number of processes: every image i
 keyed by (seed, data set, person, moment). A tree is written beside its place and renamed when it is complete, so a
 folder with a `STANDIN.json` is whole.
 
-STANDIN.json: {"version", "seed", "scale", "hash", "counts": {data set: {part: {"ids", "images", "cameras"}}}}. The
-hash covers every file's relative name with its decoded pixels (other files: their bytes), not the encoded bytes:
-the same pixels compress differently under another zlib.
+STANDIN.json: {"version", "seed", "scale", "hash", "hashes": {data set: hash}, "counts": {data set: {part: {"ids",
+"images", "cameras"}}}}. A hash covers every file's relative name with its decoded pixels (other files: their bytes),
+not the encoded bytes: the same pixels compress differently under another zlib. `hash` is that of the sets which this
+version began with (`standin_layouts.FIRST`), together; a set that joined later has its own in `hashes`. So results on
+the first ones stay what they are when another set joins. A tree from before gets the sets that it lacks.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ from lda.data.cache import cache_dir
 from lda.data.pedestrians import Person
 from lda.data.pool import cores, map_processes, progress
 from lda.data.standin_domains import DOMAINS, sample_person
-from lda.data.standin_layouts import LAYOUTS, SCALES, Plan, Shot
+from lda.data.standin_layouts import FIRST, LAYOUTS, SCALES, Plan, Shot, pixel_factor
 from lda.data.standin_scenes import camera_of, photograph, stable_rng
 from lda.errors import UsageError, unknown
 from lda.protocols import DATASETS
@@ -57,32 +60,37 @@ def ensure_standin(scale: str = "small", seed: int = 0) -> Path:
 
 
 def generate(output: Path, scale: str = "small", seed: int = 0, *, processes: int | None = None) -> dict[str, Any]:
-    """Draws the stand-in to `output` unless it is there already; returns the content of its STANDIN.json.
+    """Draws to `output` whatever of the stand-in is not there already; returns the content of its STANDIN.json.
 
     `processes`: how many draw, default one for every core. Raises UsageError if `output` holds anything else.
     """
     _check(scale, seed)
     output = output.expanduser().absolute()
     _remove_stale(output)
-    if (marker := _existing(output, scale, seed)) is not None:
+    marker = _existing(output, scale, seed)
+    missing = [name for name in LAYOUTS if marker is None or name not in marker["counts"]]
+    if marker is not None and not missing:
         return marker
     _prepare_parent(output)
     aside = output.parent / f".{output.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        marker = _draw_tree(aside, scale, seed, processes)
+        drawn = _draw_tree(aside, scale, seed, missing, processes)
+        if marker is not None:
+            return _add_sets(aside, output, drawn)
         try:
             aside.replace(output)
         except OSError:  # another process was faster
             if (marker := _existing(output, scale, seed)) is None:
                 raise
-        return marker
+            return marker
+        return drawn
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def plans(scale: str, seed: int) -> dict[str, Plan]:
+def plans(scale: str, seed: int, names: Iterable[str] = tuple(LAYOUTS)) -> dict[str, Plan]:
     """Data set -> its images, files and counts, before anything is drawn."""
-    return {name: plan(scale, stable_rng(seed, _key(name), 5)) for name, plan in LAYOUTS.items()}
+    return {name: LAYOUTS[name](scale, stable_rng(seed, _key(name), 5)) for name in names}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -92,14 +100,16 @@ def person_of(name: str, index: int, seed: int) -> Person:
 
 
 def draw_shot(name: str, shot: Shot, scale: str, seed: int) -> bytes:
-    """The image file of one shot: JPEG or PNG by its path."""
+    """The image file of one shot: JPEG, BMP or PNG by its path."""
     moment = stable_rng(seed, _key(name), 3, shot.person, shot.take)
     boxing = stable_rng(seed, _key(name), 4, shot.person, shot.take, round(10 * shot.box.error))
     person = person_of(name, shot.person, seed)
-    pixels = photograph(name, shot.camera, person, moment, shot.box, boxing, SCALES[scale], seed)
+    pixels = photograph(name, shot.camera, person, moment, shot.box, boxing, pixel_factor(name, scale), seed)
     file, image = io.BytesIO(), Image.fromarray(pixels)
-    if shot.path.endswith(".jpg"):
+    if shot.path.endswith((".jpg", ".jpeg")):
         image.save(file, "JPEG", quality=camera_of(name, shot.camera, seed).quality)
+    elif shot.path.endswith(".bmp"):
+        image.save(file, "BMP")
     else:
         image.save(file, "PNG", compress_level=1)
     return file.getvalue()
@@ -125,7 +135,7 @@ def _existing(output: Path, scale: str, seed: int) -> dict[str, Any] | None:
     wanted = {"version": VERSION, "scale": scale, "seed": seed}
     try:
         marker: dict[str, Any] = json.loads((output / MARKER).read_text(encoding="utf-8"))
-        found = {key: marker[key] for key in wanted}
+        found, _ = {key: marker[key] for key in wanted}, marker["counts"]
     except (OSError, ValueError, LookupError, TypeError):
         raise UsageError(f"{output} exists and is not a stand-in (no readable {MARKER}); name another folder") from None
     if found != wanted:
@@ -162,9 +172,29 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _draw_tree(root: Path, scale: str, seed: int, processes: int | None) -> dict[str, Any]:
-    """Writes all images and files below `root`, STANDIN.json last."""
-    planned = plans(scale, seed)
+def _add_sets(aside: Path, output: Path, drawn: dict[str, Any]) -> dict[str, Any]:
+    """Moves data sets drawn in `aside` into a stand-in that lacks them; returns its new marker."""
+    try:
+        for folder in sorted(path for path in aside.iterdir() if path.is_dir()):
+            try:
+                folder.replace(output / folder.name)
+            except OSError:
+                if not (output / folder.name).is_dir():  # else another process was faster, with the same content
+                    raise
+        marker: dict[str, Any] = json.loads((output / MARKER).read_text(encoding="utf-8"))
+        joined = {key: {**marker.get(key, {}), **drawn[key]} for key in ("hashes", "counts")}
+        marker = {**drawn, "hash": marker["hash"], **joined}
+        _write_marker(aside, marker)
+        (aside / MARKER).replace(output / MARKER)
+    except OSError as error:
+        lacking = ", ".join(drawn["counts"])
+        raise UsageError(f"{output}: lacks {lacking} and cannot be written ({error.strerror})") from None
+    return marker
+
+
+def _draw_tree(root: Path, scale: str, seed: int, names: Iterable[str], processes: int | None) -> dict[str, Any]:
+    """Writes all images and files of some data sets below `root`, STANDIN.json last."""
+    planned = plans(scale, seed, names)
     shots = sum(len(plan.shots) for plan in planned.values())
     chunks = [
         (name, tuple(plan.shots[start : start + _CHUNK]))
@@ -173,7 +203,7 @@ def _draw_tree(root: Path, scale: str, seed: int, processes: int | None) -> dict
     ]
     digests: dict[str, str] = {}
     for plan in planned.values():
-        for path in (*(shot.path for shot in plan.shots), *plan.files):
+        for path in _paths(plan):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
         for path, content in plan.files.items():
             (root / path).write_bytes(content)
@@ -183,15 +213,29 @@ def _draw_tree(root: Path, scale: str, seed: int, processes: int | None) -> dict
         for drawn in map_processes(draw, chunks, processes or (1 if shots <= _ALONE else cores())):
             digests.update(drawn)
             advance(len(drawn))
+    first = [path for name in FIRST if name in planned for path in _paths(planned[name])]
     marker = {
         "version": VERSION,
         "scale": scale,
         "seed": seed,
-        "hash": hashlib.sha256("".join(f"{path} {digests[path]}\n" for path in sorted(digests)).encode()).hexdigest(),
+        "hash": _joint_hash(first, digests),
+        "hashes": {name: _joint_hash(_paths(plan), digests) for name, plan in planned.items() if name not in FIRST},
         "counts": {name: plan.counts for name, plan in planned.items()},
     }
-    (root / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+    _write_marker(root, marker)
     return marker
+
+
+def _paths(plan: Plan) -> list[str]:
+    return [*(shot.path for shot in plan.shots), *plan.files]
+
+
+def _joint_hash(paths: Iterable[str], digests: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{path} {digests[path]}\n" for path in sorted(paths)).encode()).hexdigest()
+
+
+def _write_marker(root: Path, marker: dict[str, Any]) -> None:
+    (root / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
 
 
 def draw_chunk(chunk: _Chunk, root: Path, scale: str, seed: int) -> dict[str, str]:
@@ -216,7 +260,7 @@ def contact_sheet(root: Path, path: Path, persons: int = 8) -> None:
     """Writes a picture of the stand-in below `root`: a row per domain, per person two images of different cameras."""
     marker = json.loads((root / MARKER).read_text(encoding="utf-8"))
     height, width, gap, label = 128, 56, 10, 112
-    planned = plans(marker["scale"], marker["seed"])
+    planned = plans(marker["scale"], marker["seed"], marker["counts"])
     sheet = Image.new("RGB", (label + persons * (2 * width + gap), len(planned) * (height + gap) + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for row, (name, plan) in enumerate(planned.items()):

@@ -263,6 +263,14 @@ _CAMPUS_WARM = Wardrobe(
     skin=(0.1, 0.45), scarf=0.02, boots=0.02, colour_spread=10.0,
 )  # fmt: skip
 
+_PEDESTRIANS = dataclasses.replace(
+    _MIXED, bags={"none": 0.4, "shoulder": 0.25, "backpack": 0.2, "handbag": 0.12, "case": 0.03},
+    skin=(0.0, 0.7), scarf=0.12, colour_spread=10.0,
+)  # fmt: skip
+_TRAVELLERS = dataclasses.replace(
+    _WINTER, bags={"case": 0.45, "none": 0.2, "backpack": 0.15, "shoulder": 0.15, "handbag": 0.05}, skin=(0.0, 0.8),
+)  # fmt: skip
+
 _CUHK02 = Domain(
     scene="cuhk", style="walkway", cameras=10, wardrobe=_CAMPUS_WARM, views=(0.3, 0.3, 0.4), view_spread=0.5,
     pitch=(0.45, 0.85), height=(160, 160), aspect=(2.67, 2.67), half_width=0.19, margin=0.01, framing=0.25,
@@ -299,5 +307,38 @@ DOMAINS: dict[str, Domain] = {
     ),
     "cuhk02": _CUHK02,
     "cuhk03": dataclasses.replace(_CUHK02, height=(136, 184), aspect=(2.4, 2.9)),
+    # The targets of Protocol-1. They came after the calibration and reuse the wardrobes and kinds of place above.
+    "prid": Domain(
+        scene="prid", style="street", cameras=2, wardrobe=_PEDESTRIANS, views=(0.2, 0.2, 0.6), view_spread=0.35,
+        pitch=(0.35, 0.6), height=(128, 128), aspect=(2, 2), half_width=0.23, margin=0.02, framing=0.5,
+        detail=(0.5, 0.65), blur=(0.4, 0.8), noise=(2.0, 4.0), quality=(0, 0), gain=(0.95, 1.0, 1.05),
+        gain_spread=0.05, gamma=0.85, gamma_spread=0.08, contrast=0.7, lift=0.06, light=(0.2, 0.6), shade=0.2,
+        depth=(40.0, 90.0), occlusion=0.05,
+        occluders={"pole": 0.6, "person": 0.4}, passer=0.05,
+    ),
+    "grid": Domain(
+        scene="grid", style="walkway", cameras=6, wardrobe=_PEDESTRIANS, views=(0.4, 0.4, 0.2), view_spread=0.5,
+        pitch=(0.3, 0.6), height=(110, 180), aspect=(2.0, 2.8), half_width=0.21, margin=0.02, framing=0.8,
+        detail=(0.45, 0.7), blur=(0.5, 1.1), noise=(4.0, 8.0), quality=(50, 70), gain=(1.08, 1.0, 0.82),
+        gain_spread=0.05, gamma=1.2, gamma_spread=0.08, contrast=0.85, lift=-0.02, light=(0.05, 0.25), shade=0.0,
+        depth=(40.0, 80.0), occlusion=0.3,
+        occluders={"person": 0.8, "pole": 0.2}, passer=0.3,
+    ),
+    "viper": Domain(
+        scene="viper", style="campus", cameras=16, wardrobe=_SUMMER, views=(0.3, 0.25, 0.45), view_spread=0.4,
+        pitch=(0.0, 0.15), height=(128, 128), aspect=(2.667, 2.667), half_width=0.18, margin=0.01, framing=0.3,
+        detail=(0.6, 0.85), blur=(0.3, 0.7), noise=(1.5, 3.5), quality=(0, 0), gain=(1.06, 1.0, 0.9),
+        gain_spread=0.06, gamma=0.95, gamma_spread=0.15, contrast=1.1, lift=0.02, light=(0.3, 0.8), shade=0.15,
+        depth=(40.0, 90.0), occlusion=0.02,
+        occluders={"pole": 0.7, "shrub": 0.3}, passer=0.05,
+    ),
+    "ilids": Domain(
+        scene="ilids", style="plaza", cameras=5, wardrobe=_TRAVELLERS, views=(0.4, 0.3, 0.3), view_spread=0.5,
+        pitch=(0.1, 0.4), height=(144, 192), aspect=(2.0, 2.2), half_width=0.23, margin=0.03, framing=1.0,
+        detail=(0.6, 0.85), blur=(0.3, 0.8), noise=(2.5, 5.0), quality=(60, 80), gain=(1.02, 1.0, 0.95),
+        gain_spread=0.05, gamma=1.1, gamma_spread=0.08, contrast=0.9, lift=-0.03, light=(0.1, 0.4), shade=0.0,
+        depth=(40.0, 80.0), occlusion=0.45,
+        occluders={"person": 0.6, "counter": 0.4}, passer=0.5,
+    ),
 }  # fmt: skip
 """Data set name (lda.protocols) -> its domain."""

@@ -1,12 +1,13 @@
 """Which images a stand-in data set has, and where and under which name each one lies.
 
 One planner per data set, in the layouts and name grammars that the loaders read (see their docstrings). A planner
-draws nothing: it returns a `Plan`. `SIZES` states how many persons and images each scale has; at `full` these are the
+draws nothing: it returns a `Plan`. The tables below state how many persons and images each scale has; at `full` these are the
 published counts. Every query has a match under another camera.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -249,13 +250,97 @@ def cuhk03(scale: str, rng: np.random.Generator) -> Plan:
     return plan
 
 
+# --- the single-shot targets: their published numbers of files at every scale, which the field's readers assert ------
+def prid(scale: str, rng: np.random.Generator) -> Plan:
+    """`prid_2011/single_shot/{cam_a,cam_b}/person_0001.png`: 385 and 749 persons, of whom 1 to 200 are in both."""
+    plan, shared, in_a, in_b = Plan(), 200, 385, 749
+    for camera, (part, persons) in enumerate((("cam_a", in_a), ("cam_b", in_b))):
+        for index in range(persons):
+            person = index if camera == 0 or index < shared else in_a + index - shared
+            path = f"prid_2011/single_shot/{part}/person_{index + 1:04d}.png"
+            plan.add(part, Shot(path, person, camera, len(plan.shots)), index + 1, camera)
+    return plan
+
+
+def grid(scale: str, rng: np.random.Generator) -> Plan:
+    """`underground_reid/{probe,gallery}/0001_1_25004_107_32_106_221.jpeg` (person, camera, frame, box): 250 pairs, 775
+    further gallery images of nobody (0000), and ten partitions in `features_and_partitions.mat`."""
+    plan, cameras, pairs, others = Plan(), DOMAINS["grid"].cameras, 250, 775
+
+    def add(part: str, person: int, pid: int, camera: int) -> None:
+        frame, x, y, width, height = (int(n) for n in rng.integers((0, 0, 0, 60, 150), (30000, 500, 300, 120, 260)))
+        path = f"underground_reid/{part}/{pid:04d}_{camera + 1}_{frame}_{x}_{y}_{width}_{height}.jpeg"
+        plan.add(part, Shot(path, person, camera, len(plan.shots)), pid or None, camera)
+
+    for person in range(pairs):
+        for part, camera in zip(("probe", "gallery"), _cameras(2, cameras, rng), strict=True):
+            add(part, person, person + 1, camera)
+    for k in range(others):
+        add("gallery", pairs + k, 0, int(rng.integers(cameras)))
+    trained = [sorted(rng.permutation(pairs)[: pairs // 2] + 1) for _ in range(10)]
+    plan.files["underground_reid/features_and_partitions.mat"] = _grid_partitions(trained)
+    return plan
+
+
+def _grid_partitions(trained: list[list[np.int64]]) -> bytes:
+    """The .mat file: `trainIdxAll` holds a struct per partition whose third field names the training persons."""
+    from scipy.io import savemat  # slow to import, and every drawing process imports this module
+
+    cells = np.empty((1, len(trained)), dtype=object)
+    for split, persons in enumerate(trained):
+        empty = np.zeros((1, 0))
+        cells[0, split] = {"features": empty, "labels": empty, "trainIdx": np.array([persons], dtype=float)}
+    file = io.BytesIO()
+    savemat(file, {"trainIdxAll": cells})
+    header = b"MATLAB 5.0 MAT-file, stand-in".ljust(116)  # of fixed length; scipy would write the time of day
+    return header + file.getvalue()[len(header) :]
+
+
+def viper(scale: str, rng: np.random.Generator) -> Plan:
+    """`VIPeR/{cam_a,cam_b}/000_45.bmp`: 632 pairs, numbers 0 to 873 with gaps. The viewing angles in the names are
+    drawn freely and say nothing about the pose; the places of one view differ from those of the other."""
+    plan, places = Plan(), DOMAINS["viper"].cameras // 2
+    for person, pid in enumerate(sorted(int(p) for p in rng.permutation(874)[:632])):
+        angles = 45 * rng.permutation(5)[:2]
+        for view, part in enumerate(("cam_a", "cam_b")):
+            path = f"VIPeR/{part}/{pid:03d}_{angles[view]}.bmp"
+            camera = places * view + int(rng.integers(places))
+            plan.add(part, Shot(path, person, camera, len(plan.shots)), pid, view)
+    return plan
+
+
+def ilids(scale: str, rng: np.random.Generator) -> Plan:
+    """`i-LIDS_Pedestrian/Persons/0001001.jpg`: person, number of the image, which the loader takes for the camera; 476
+    images of 119 persons."""
+    plan, cameras = Plan(), DOMAINS["ilids"].cameras
+    persons_with = {2: 22, 3: 33, 4: 24, 5: 15, 6: 17, 7: 4, 8: 4}  # images -> persons, as published
+    sizes = [images for images, persons in persons_with.items() for _ in range(persons)]
+    for person, images in enumerate(rng.permutation(sizes).tolist()):
+        own = _cameras(int(rng.integers(2, 4)), cameras, rng)
+        for k in range(images):
+            path = f"i-LIDS_Pedestrian/Persons/{person + 1:04d}{k + 1:03d}.jpg"
+            plan.add("persons", Shot(path, person, own[k % len(own)], len(plan.shots)), person + 1, k)
+    return plan
+
+
 LAYOUTS: dict[str, Callable[[str, np.random.Generator], Plan]] = {
     "market1501": market1501,
     "msmt17": msmt17,
     "cuhk_sysu": cuhk_sysu,
     "cuhk02": cuhk02,
     "cuhk03": cuhk03,
+    "prid": prid,
+    "grid": grid,
+    "viper": viper,
+    "ilids": ilids,
 }
 """Data set name -> its planner."""
+FIRST = ("market1501", "msmt17", "cuhk_sysu", "cuhk02", "cuhk03")
+"""The sets that version 1 began with; they share one content hash (see `standin`)."""
 SCALES: dict[str, float] = {"tiny": 0.5, "small": 0.5, "full": 1.0}
-"""Scale -> factor on the images' size (`Domain.height`)."""
+"""Scale -> factor on the images' size (`Domain.height`); see `pixel_factor`."""
+
+
+def pixel_factor(name: str, scale: str) -> float:
+    """Factor on a data set's image size. The sets that have all their images at every scale are smaller at `tiny`."""
+    return 0.3125 if scale == "tiny" and name not in FIRST else SCALES[scale]

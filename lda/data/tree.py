@@ -124,8 +124,13 @@ class Found:
 class StandIn:
     """What STANDIN.json says about generated data."""
 
-    content_hash: str
+    content_hash: str  # of the first data sets together
     counts: Mapping[str, Mapping[str, Mapping[str, int]]]  # data set -> part -> {"ids", "images", "cameras"}
+    hashes: Mapping[str, str] = field(default_factory=dict)  # data set that joined later -> its own
+
+    def hash_of(self, name: str) -> str:
+        """The content hash that results on data set `name` depend on."""
+        return self.hashes.get(name, self.content_hash)
 
     def count(self, name: str, part: str) -> Count | None:
         """The generated counts of one part, None where the generator states none."""
@@ -204,7 +209,7 @@ class Survey:
             gallery=tuple(gallery),
             version=version,
             standin=self.standin is not None,
-            data_hash=self.standin.content_hash if self.standin else "",
+            data_hash=self.standin.hash_of(self.name) if self.standin else "",
             distractor_pids=frozenset(distractor_pids),
             splits=tuple(splits),
         )
@@ -372,7 +377,7 @@ def read_standin(folder: Path) -> StandIn | None:
         if _exists(path):
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
-                return StandIn(str(content["hash"]), content["counts"])
+                return StandIn(str(content["hash"]), content["counts"], content.get("hashes", {}))
             except (ValueError, KeyError, TypeError) as error:
                 raise UsageError(f"{path}: not a stand-in marker ({error}); generate the stand-in again") from None
     return None
