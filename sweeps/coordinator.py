@@ -7,8 +7,6 @@ or folder: it may be killed at any moment, and several may work on one study.
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
 import signal
 import subprocess
 import sys
@@ -25,64 +23,22 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import DBAPIError
 
-from lda.data.sources import build_task
-from lda.data.standin import MARKER, ensure_standin
 from lda.errors import UsageError
 from lda.runs import environment, write_json
-from sweeps.assignment import EXIT_USAGE, STOP_SECONDS, Assignment
+from sweeps.assignment import Assignment
+from sweeps.data import Data
 from sweeps.devices import Slot
 from sweeps.display import Display, Snapshot, snapshot
 from sweeps.folders import StudyFolder, read_json
-from sweeps.heartbeat import EXIT_FENCED
 from sweeps.jobs import confirm_study, enqueue_confirmation, enqueue_first_points, entry_job
 from sweeps.ledger import Budget, Entry, Kind, Ledger, entries
 from sweeps.mirror import Mirror
+from sweeps.pool import WorkerPool
 from sweeps.spec import StudySpec, differences, from_dict, same_study, to_dict
 from sweeps.storage import create_or_load, masked, open_storage
 
 _POLL_SECONDS = 0.25
 _UPKEEP_SECONDS = 1.0
-_DEATHS_IN_VAIN = 3  # of workers in a row, none of which began an attempt
-
-
-class StudyError(RuntimeError):
-    """The study cannot go on, through no mistake in its settings."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """The images of a study: their root folder, and the content hash of what each target's units read."""
-
-    root: Path
-    hashes: dict[str, str]
-
-    @property
-    def kind(self) -> str:
-        """How results are labelled."""
-        return "stand-in" if any(self.hashes.values()) else "real"
-
-
-def is_standin(data_root: Path | None) -> bool:
-    """Whether a study on this data root (None: the built-in one) runs on stand-in images."""
-    return data_root is None or (data_root / MARKER).is_file()
-
-
-def prepare_data(spec: StudySpec, data_root: Path | None) -> Data:
-    """Draw the stand-in, or check that every data set is there. Raises UsageError naming all that is missing."""
-    root = (data_root or ensure_standin(spec.standin)).resolve()
-    hashes = {}
-    for target in spec.targets:
-        config = spec.config(target, spec.seed, {})
-        task = build_task(
-            spec.protocol,
-            target,
-            root,
-            validation_fraction=config.validation_fraction,
-            cuhk03_boxes=config.cuhk03_boxes,
-            msmt17_train=config.msmt17_train,
-        )
-        hashes[target] = task.data_hash
-    return Data(root, hashes)
 
 
 @dataclass(frozen=True)
@@ -145,11 +101,8 @@ class Coordinator:
         self.search = self._set_up_search()
         self.confirm: Ledger | None = None
         self.mirror = Mirror(self.folder, self.spec)
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.workers = WorkerPool(plan.slots, self.folder, self._assignment)
         self.stop = threading.Event()
-        self._started = 0
-        self._deaths_in_vain, self._attempts_seen = 0, -1
-        self._failure: Exception | None = None
         self._outage = False
         self._known: tuple[list[Entry], list[Entry]] = (self.search.entries(), [])
 
@@ -234,18 +187,30 @@ class Coordinator:
         with self._signals(), Display(self.folder, self.spec.grace_seconds, self.look) as display:
             try:
                 while not self.stop.is_set() and not finished:
-                    self._supervise()
+                    self.workers.supervise(sum(len(entry.attempts) for known in self._known for entry in known))
                     finished = self._safely_upkeep("lost")
                     end = time.monotonic() + _UPKEEP_SECONDS
                     while time.monotonic() < end and not self.stop.is_set() and not finished:
                         display.refresh()
                         self.stop.wait(_POLL_SECONDS)
             finally:
-                self._stop_workers()
+                self.workers.stop()
                 self._safely_upkeep("interrupted")
-        if self._failure is not None:
-            raise self._failure
         return finished
+
+    def _assignment(self, slot: Slot, incarnation: int) -> Assignment:
+        return Assignment(
+            study=self.plan.study,
+            spec=to_dict(self.spec),
+            storage=self.plan.storage,
+            folder=str(self.folder.path),
+            data_root=str(self.plan.data.root),
+            data_hash=self.plan.data.hashes,
+            slot=slot.index,
+            threads=slot.threads,
+            salt=f"{self._salt} {slot.index} {incarnation}",
+            until=self.budget.until,
+        )
 
     def look(self) -> Snapshot:
         """The study as of the last upkeep."""
@@ -257,7 +222,7 @@ class Coordinator:
 
         def on_signal(number: int, frame: object) -> None:
             if self.stop.is_set():
-                self._kill_workers()
+                self.workers.kill()
             self.stop.set()
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -317,96 +282,6 @@ class Coordinator:
         ledger = Ledger(self.storage, create_or_load(self.storage, name, prepare)[0], budget)
         enqueue_confirmation(self.spec, known, ledger)  # the search or the number of seeds may have grown
         return ledger
-
-    # --- worker processes --------------------------------------------------------------------------------------------
-
-    def _supervise(self) -> None:
-        """Start the workers that are missing."""
-        for slot in self.plan.slots:
-            process = self.processes.get(slot.index)
-            code = None if process is None else process.poll()
-            if process is not None and code is None:
-                continue
-            if code is not None and not self._may_restart(slot, code):
-                self.stop.set()
-                return
-            self.processes[slot.index] = self._start_worker(slot)
-
-    def _may_restart(self, slot: Slot, code: int) -> bool:
-        """Judge the end of a worker; sets what `run` raises when there is no going on."""
-        if code == EXIT_USAGE:
-            self._failure = UsageError(_last_line(self._log(slot)).removeprefix("error: "))
-            return False
-        attempts = sum(len(entry.attempts) for known in self._known for entry in known)
-        self._deaths_in_vain = 0 if attempts != self._attempts_seen else self._deaths_in_vain + 1
-        self._attempts_seen = attempts
-        if self._deaths_in_vain >= _DEATHS_IN_VAIN + len(self.plan.slots):
-            self._failure = StudyError(
-                f"workers die before they begin: {_last_line(self._log(slot))} ({self._log(slot)})"
-            )
-            return False
-        how = {EXIT_FENCED: "lost touch with the storage"}.get(
-            code, f"was killed by signal {-code}" if code < 0 else "failed"
-        )
-        self.folder.event(f"worker {slot.index} {how}, starting it again")
-        return True
-
-    def _start_worker(self, slot: Slot) -> subprocess.Popen[bytes]:
-        with self._log(slot).open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "sweeps.worker"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **slot.environment},
-                start_new_session=True,  # Ctrl-C is the coordinator's to handle
-            )
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # dead already: _supervise will see
-            self._assignment(slot).send(process.stdin)
-        self._started += 1
-        return process
-
-    def _assignment(self, slot: Slot) -> Assignment:
-        return Assignment(
-            study=self.plan.study,
-            spec=to_dict(self.spec),
-            storage=self.plan.storage,
-            folder=str(self.folder.path),
-            data_root=str(self.plan.data.root),
-            data_hash=self.plan.data.hashes,
-            slot=slot.index,
-            threads=slot.threads,
-            salt=f"{self._salt} {slot.index} {self._started}",
-            until=self.budget.until,
-        )
-
-    def _log(self, slot: Slot) -> Path:
-        return self.folder.workers / f"{platform.node()}-{slot.index}.log"
-
-    def _stop_workers(self) -> None:
-        """Close every worker's stdin, wait for its unit to end, then use force."""
-        for process in self.processes.values():
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-        end = time.monotonic() + STOP_SECONDS
-        for process in self.processes.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.1, end - time.monotonic()))
-        self._kill_workers()
-
-    def _kill_workers(self) -> None:
-        for process in self.processes.values():
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
 
 
 def report(commands: Sequence[Sequence[str]]) -> list[str]:

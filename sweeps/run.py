@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from lda.config import parse_overrides
 from lda.errors import UsageError
 from lda.protocols import DATASETS, get_protocol
+from sweeps.data import is_standin
 from sweeps.spec import StudySpec, load, resolve, study_file, study_names
 from sweeps.storage import VARIABLE, has_password, masked, storage_url
 
@@ -137,11 +138,10 @@ def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> Stud
         return running_study(file.stem, url, folder)[0]
     if given.data_root is not None and not given.data_root.is_dir():
         raise UsageError(f"--data-root {given.data_root}: there is no such folder")
-    standin = given.data_root is None or (given.data_root / "STANDIN.json").is_file()
     return resolve(
         load(file),
         file,
-        real_data=not standin,
+        real_data=not is_standin(given.data_root),
         overrides=parse_overrides(given.set),
         seed=given.seed,
         trials=given.trials,
@@ -198,10 +198,12 @@ def _axis(spec: StudySpec, key: str) -> str:
 def _coordinate(
     given: argparse.Namespace, name: str, spec: StudySpec, folder: Path, url: str, arguments: Sequence[str]
 ) -> int:
-    from sweeps.coordinator import Coordinator, Plan, StudyError, prepare_data, report
+    from sweeps.coordinator import Coordinator, Plan, report
+    from sweeps.data import prepare_data
     from sweeps.devices import plan_slots
     from sweeps.display import status_line
     from sweeps.folders import StudyFolder
+    from sweeps.pool import StudyError
 
     config = spec.config(spec.targets[0], spec.seed, {})
     plan = Plan(
@@ -211,7 +213,7 @@ def _coordinate(
         data=prepare_data(spec, given.data_root),
         storage=url,
         slots=tuple(plan_slots(given.workers, config.threads, config.device)),
-        command=shlex.join(["python", "sweeps/run.py", *arguments]),
+        command=_as_typed(given, arguments),
     )
     _announce(plan, given.set)
     coordinator = Coordinator(plan)
@@ -237,6 +239,12 @@ def _coordinate(
         print(f"given up: {line}", file=sys.stderr)
     print(f"{name}: {status_line(now)}; {folder}")
     return 0 if complete else 1
+
+
+def _as_typed(given: argparse.Namespace, arguments: Sequence[str]) -> str:
+    """The command for a person to repeat, no password in it."""
+    shown = os.environ.get(VARIABLE) if given.storage is None else None
+    return (f"{VARIABLE}={masked(shown)} " if shown else "") + shlex.join(["python", "sweeps/run.py", *arguments])
 
 
 def _announce(plan: Plan, fixed: Sequence[str]) -> None:

@@ -72,7 +72,7 @@ def test_a_killed_worker_is_replaced_and_ctrl_c_ends_cleanly(command: Command) -
     (worker,) = command.workers()
     os.kill(worker, signal.SIGKILL)
     wait_for(lambda: sum("trial-0000 started" in event for event in command.events()) == 2, process=coordinator)
-    assert any("was killed by signal 9, starting it again" in event for event in command.events())
+    assert any("was killed by signal 9; starting it again" in event for event in command.events())
     wait_for(lambda: command.trial("trial-0000")["attempts"] == 2, 10)
     coordinator.send_signal(signal.SIGINT)
     assert coordinator.wait(60) == 130
