@@ -52,6 +52,7 @@ class WorkerPool:
                 code = process.poll()
                 if code is None:
                     continue
+                _hang_up(process)
                 self._judge(slot, code, attempts)
             self._processes[slot.index] = self._start(slot)
 
@@ -91,9 +92,7 @@ class WorkerPool:
     def stop(self) -> None:
         """Close every worker's stdin, give its unit time to end, then use force."""
         for process in self._processes.values():
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
+            _hang_up(process)
         end = time.monotonic() + STOP_SECONDS
         for process in self._processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -107,6 +106,13 @@ class WorkerPool:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def _hang_up(process: subprocess.Popen[bytes]) -> None:
+    """Close a worker's stdin: told to stop, or no longer there."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
 
 
 def _last_line(log: Path) -> str:

@@ -13,9 +13,12 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
+
+from filelock import FileLock
 
 from lda.errors import UsageError, unknown
 
@@ -100,6 +103,18 @@ def open_storage(url: str, heartbeat_seconds: int, grace_seconds: int) -> BaseSt
         reason = str(error.orig).strip().splitlines()[0]
         raise StorageError(f"--storage {masked(url)}: {reason}") from None
     return optuna.storages.get_storage(rdb)
+
+
+def turn(storage: BaseStorage) -> AbstractContextManager[object]:
+    """Held while an attempt is taken off the list, by one process at a time where the database cannot see to it.
+
+    Optuna locks the row of a waiting trial before it starts it; SQLite knows no row locks, so two processes would now
+    and then start the same one.
+    """
+    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
+    if engine is None or engine.url.get_backend_name() != "sqlite" or not engine.url.database:
+        return nullcontext()
+    return FileLock(f"{engine.url.database}.turn", timeout=600)
 
 
 def _created_by_one(open_tables: Callable[[], T]) -> T:

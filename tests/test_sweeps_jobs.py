@@ -1,0 +1,135 @@
+"""What is confirmed, and what trial.json says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from sweeps.folders import StudyFolder
+from sweeps.jobs import best_entries, confirm_jobs, enqueue_confirmation, enqueue_first_points, search_job
+from sweeps.ledger import Budget, Entry, Ledger
+from sweeps.mirror import Mirror
+from sweeps.space import distributions
+from sweeps.spec import StudySpec, load, resolve, study_file
+from sweeps.storage import create_or_load, open_storage, storage_url
+
+
+@pytest.fixture
+def spec() -> StudySpec:
+    return resolve(load(study_file("protocol3")), study_file("protocol3"), confirm_seeds=2)
+
+
+def ledger(tmp_path: Path, name: str, trials: int) -> Ledger:
+    storage = open_storage(storage_url(None, tmp_path), 20, 60)
+    return Ledger(storage, create_or_load(storage, name, lambda study: None)[0], Budget(trials, retries=2))
+
+
+def searched(spec: StudySpec, tmp_path: Path) -> Ledger:
+    """Defaults 0.5, then 0.4, one pruned that looked like 0.9, 0.7, and one that failed three times."""
+    work = ledger(tmp_path, "s", trials=5)
+    enqueue_first_points(spec, work)
+    space = distributions(spec.search.space)
+    for score in (0.5, 0.4, 0.9, 0.7):
+        trial = work.ask(space, "w")
+        assert trial is not None
+        if score == 0.9:
+            trial.report(score, 1)
+            work.study.tell(trial, state=TrialState.PRUNED)
+        else:
+            work.study.tell(trial, score)
+    for _ in range(3):
+        trial = work.ask(space, "w")
+        assert trial is not None
+        work.release(trial.number, "error", "ValueError: bad luck")
+        work.requeue()
+    return work
+
+
+def test_the_best_are_confirmed_and_pruned_trials_never(spec: StudySpec, tmp_path: Path) -> None:
+    known = searched(spec, tmp_path).entries()
+    assert [entry.number for entry in best_entries(spec, known, 5)] == [3, 1]
+    jobs = confirm_jobs(spec, known)
+    assert [(job.seed, job.origin, job.trial) for job in jobs] == [
+        (seed, origin, trial)
+        for seed in (1, 2)
+        for origin, trial in (("baseline", "trial-baseline"), ("default", "trial-0000"), ("search", "trial-0003"))
+    ]
+    assert jobs[0].changes == {"method": "baseline"}
+    assert jobs[1].changes == spec.defaults
+    assert jobs[2].changes == known[3].params
+    assert {job.job_type for job in jobs} == {"baseline", "rerun"}
+
+
+def test_a_study_of_the_baseline_needs_no_other(tmp_path: Path) -> None:
+    spec = resolve(load(study_file("protocol3")), study_file("protocol3"), overrides={"method": "baseline"})
+    known = searched(spec, tmp_path).entries()
+    assert {job.origin for job in confirm_jobs(spec, known)} == {"default", "search"}
+
+
+def test_confirmations_are_enqueued_once(spec: StudySpec, tmp_path: Path) -> None:
+    known = searched(spec, tmp_path).entries()
+    work = ledger(tmp_path, "s-confirm", trials=0)
+    for _ in range(2):
+        enqueue_confirmation(spec, known, work)
+    assert len(work.entries()) == 6
+
+
+def test_trial_files(spec: StudySpec, tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path)
+    work, confirm = searched(spec, tmp_path), ledger(tmp_path, "s-confirm", trials=0)
+    enqueue_confirmation(spec, work.entries(), confirm)
+    trial = confirm.ask({}, "w")  # the baseline's first seed
+    assert trial is not None
+    for name in ("trial-0000/cuhk03-s0", "trial-0000/msmt17-s0", "trial-baseline/cuhk03-s1"):
+        (tmp_path / name).mkdir(parents=True)
+    Mirror(folder, spec).update(work.entries(), confirm.entries())
+
+    def read(name: str) -> dict[str, object]:
+        return json.loads((tmp_path / name / "trial.json").read_text())  # type: ignore[no-any-return]
+
+    assert {path.parent.name for path in tmp_path.glob("*/trial.json")} == {
+        *(f"trial-000{number}" for number in range(5)),
+        "trial-baseline",
+    }
+    assert read("trial-0000") == {
+        "number": 0,
+        "origin": "default",
+        "params": spec.defaults,
+        "state": "complete",
+        "score": 0.5,
+        "reason": None,
+        "attempts": 1,
+        "failures": 0,
+        "units": ["cuhk03-s0", "msmt17-s0"],
+        "confirm_units": [],
+    }
+    assert (read("trial-0002")["state"], read("trial-0002")["score"]) == ("pruned", None)
+    failed = read("trial-0004")
+    assert (failed["state"], failed["attempts"], failed["reason"]) == ("failed", 3, "ValueError: bad luck")
+    baseline = read("trial-baseline")
+    assert (baseline["number"], baseline["state"], baseline["confirm_units"]) == (None, "running", ["cuhk03-s1"])
+
+
+def test_a_retry_that_waits_is_still_the_default(spec: StudySpec, tmp_path: Path) -> None:
+    """A waiting attempt has no parameters of its own yet, only those given to it."""
+    work = ledger(tmp_path, "s", trials=1)
+    enqueue_first_points(spec, work)
+    trial = work.ask(distributions(spec.search.space), "w")
+    assert trial is not None
+    work.release(trial.number, "lost", "gone")
+    work.requeue()
+    (entry,) = work.entries()
+    assert entry.last.state == TrialState.WAITING
+    assert search_job(spec, entry.number, entry.params).origin == "default"
+
+
+def test_ties_go_to_the_earlier_trial(spec: StudySpec) -> None:
+    study = optuna.create_study(direction="maximize")
+    for _ in range(3):
+        study.tell(study.ask(distributions(spec.search.space)), 0.5)
+    known = [Entry((trial,)) for trial in study.get_trials()]
+    assert [entry.number for entry in best_entries(spec, known, 2)] == [0, 1]
