@@ -161,7 +161,7 @@ class Ledger:
 
     def ask(self, distributions: dict[str, BaseDistribution], worker: str) -> Trial | None:
         """The next attempt, now running for `worker`; None when nothing can be started at the moment."""
-        if True:
+        with turn(self.storage):
             known = self.entries()
             if not any(entry.last.state == TrialState.WAITING for entry in known) and not self.budget.allows(known):
                 return None
