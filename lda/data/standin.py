@@ -1,6 +1,7 @@
 """The stand-in: drawn pedestrians on disk in the layouts of the real data sets, so that the real loaders read them.
 
     python -m lda.data.standin --output DIR [--scale tiny|small|full] [--seed N] [--contact-sheet FILE]
+                               [--cuhk03-release DIR]
 
 One seed gives the same decoded pixels on any number of processes: every image is drawn from a generator of its own,
 keyed by (seed, data set, person, moment). A tree is written beside its place and renamed when it is complete, so a
@@ -302,12 +303,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scale", default="small", help="how many persons and images: " + ", ".join(SCALES))
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed: other people and places")
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE", help="write a picture (PNG) of all domains here")
+    parser.add_argument(
+        "--cuhk03-release", type=Path, metavar="DIR", help="write CUHK03's .mat files to this new folder"
+    )
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     try:
         marker = generate(options.output, options.scale, options.seed)
         if options.contact_sheet:
             contact_sheet(options.output, options.contact_sheet)
+        if options.cuhk03_release:
+            from lda.data.standin_cuhk03 import write_release  # it imports this module
+
+            write_release(options.output, options.cuhk03_release)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
