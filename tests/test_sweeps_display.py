@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import pty
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -109,6 +113,38 @@ def test_a_pipe_gets_plain_lines(spec: StudySpec, tmp_path: Path, capsys: pytest
     printed = capsys.readouterr().out
     assert [line.split("  ")[1] for line in printed.splitlines()] == ["one", "two"]
     assert "\x1b" not in printed
+
+
+_SHOWS = """
+import sys
+from pathlib import Path
+from sweeps.display import Display, snapshot
+from sweeps.folders import StudyFolder
+from sweeps.ledger import Budget
+from sweeps.spec import load, resolve, study_file
+spec, folder = resolve(load(study_file("smoke")), study_file("smoke")), StudyFolder(Path(sys.argv[1]))
+with Display(folder, 60, lambda: snapshot("smoke", spec, folder, Budget(4, 2), [], [])) as display:
+    folder.event("one")
+    display.refresh()
+    folder.event("two")
+"""
+
+
+def test_a_terminal_is_redrawn_in_place(tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SHOWS, str(tmp_path)], stdout=end, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # what the end of a terminal looks like
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    os.close(terminal)
+    assert process.wait() == 0
+    assert shown.count(b"0 of 4 trials") >= 2
+    assert b"\x1b[1A\x1b[2K" in shown  # up a line and clear it
+    assert b"two" in shown
 
 
 def test_an_empty_study(spec: StudySpec, tmp_path: Path) -> None:

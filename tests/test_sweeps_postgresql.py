@@ -57,7 +57,12 @@ def test_a_second_machine_joins_and_the_first_dies(server: Server, tmp_path: Pat
     """Each machine has a folder of its own, as without a shared disk; the URL comes by environment on one of them."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    a = Command(tmp_path / "a", standin_tiny, search={"trials": 6}, base={"steps_per_epoch": 60, "log_every": 20})
+    a = Command(
+        tmp_path / "a",
+        standin_tiny,
+        search={"trials": 6, "sampler": "gp"},
+        base={"steps_per_epoch": 60, "log_every": 20},
+    )
     b = Command(tmp_path / "b", standin_tiny, environment={"LDA_STORAGE": server.url})
     first = a.start("--storage", server.url)
     wait_for(lambda: (a.study / "trial-0000/market1501-s0/config.json").exists(), process=first)

@@ -31,11 +31,20 @@ def test_sqlite_is_refused_for_several_nodes(tmp_path: Path, capsys: pytest.Capt
 def test_an_array_of_two_tasks_shares_a_study(
     tmp_path: Path, standin_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = Command(tmp_path, standin_tiny, search={"trials": 4}, base={"steps_per_epoch": 20})
+    grid = {
+        "sampler": "grid",
+        "trials": 9,
+        "space": {"bank_momentum": {"choices": [0.9, 0.6]}, "gem_p": {"choices": [3, 1]}},
+    }
+    command = Command(tmp_path, standin_tiny, search=grid, base={"steps_per_epoch": 20})
     monkeypatch.chdir(tmp_path)
     run = ["--study", "mine.yaml", "--data-root", str(standin_tiny), "--workers", "1", "--storage", "journal"]
     assert main(["--cluster", "local", "--tasks", "2", "--wait", "--logs", str(tmp_path / "logs"), "--", *run]) == 0
     assert len(command.results()) == 8
     workers = {path.name for path in (command.study / "workers").glob("*.log")}
     assert workers == {f"{os.uname().nodename}-0.log"}
-    assert sum(" started" in event for event in command.events()) == 4
+    points = [command.trial(f"trial-000{number}")["params"] for number in range(4)]
+    assert points[0] == {"bank_momentum": 0.9, "gem_p": 3.0}  # the defaults come first
+    assert {(point["bank_momentum"], point["gem_p"]) for point in points} == {
+        (m, p) for m in (0.6, 0.9) for p in (1, 3)
+    }
