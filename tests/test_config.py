@@ -19,8 +19,8 @@ bank_momentum bank_warmup_updates baseline_norm checkpoint_every classifier cons
 distance donor epochs evaluate_every evaluation_batch flip_probability flip_test gamma gem_p heads ids_per_batch
 image_height image_width images_per_id inference jitter_probability label_smoothing latent learning_rate loader_workers
 log_every method milestones msmt17_train network_a norm_sites optimizer pad pretrained protocol seed selection
-steps_per_epoch target test_split threads triplet_margin triplet_weight validation_fraction wandb warmup_epochs warmup_factor
-weight_decay
+steps_per_epoch target test_split threads triplet_margin triplet_weight validation_fraction wandb warmup_epochs
+warmup_factor weight_decay
 """
 
 

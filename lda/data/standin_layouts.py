@@ -1,8 +1,8 @@
 """Which images a stand-in data set has, and where and under which name each one lies.
 
 One planner per data set, in the layouts and name grammars that the loaders read (see their docstrings). A planner
-draws nothing: it returns a `Plan`. The tables below state how many persons and images each scale has; at `full` these are the
-published counts. Every query has a match under another camera.
+draws nothing: it returns a `Plan`. The tables below state how many persons and images each scale has; at `full` these
+are the published counts. Every query has a match under another camera.
 """
 
 from __future__ import annotations
