@@ -51,12 +51,8 @@ class Command:
     prefix: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        search = {
-            "sampler": "random",
-            "trials": 2,
-            "space": {"bank_momentum": {"low": 0.5, "high": 0.99}},
-            **self.search,
-        }
+        search = {"sampler": "random", "trials": 2, "space": {"bank_momentum": {"low": 0.5, "high": 0.99}}}
+        search |= {"pruning": {"rule": "none"}, **self.search}
         spec: dict[str, Any] = {"title": "Test", "cost": "seconds", "protocol": "protocol3", "confirm": {"seeds": 0}}
         spec |= {"targets": ["cuhk03", "market1501"], "heartbeat_seconds": 1, "grace_seconds": 5, **self.spec}
         content = {**spec, "search": search, "base": {**BASE, **self.base}}
