@@ -414,6 +414,9 @@ def test_command_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (tmp_path / "a.png").is_file()
     assert standin.main(["--output", str(tiny), "--scale", "tiny", "--seed", "5"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+    nowhere = str(tmp_path / "no" / "sheet.png")
+    assert standin.main(["--output", str(tiny), "--scale", "tiny", "--contact-sheet", nowhere]) == 1
+    assert "No such file or directory" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         standin.main(["--help"])
     assert stopped.value.code == 0
