@@ -20,7 +20,7 @@ from typing import Any
 
 from lda.errors import UsageError
 from sweeps.run import parser as run_parser
-from sweeps.storage import VARIABLE
+from sweeps.storage import VARIABLE, has_password
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +81,8 @@ def _submit(given: argparse.Namespace) -> int:
         raise UsageError(
             f"several nodes need --storage postgresql://... or journal (or {VARIABLE}); sqlite serves one machine"
         )
+    if checked.storage is not None and has_password(checked.storage):
+        raise UsageError(f"--storage: submitit would write the password to a file; put the URL into {VARIABLE} instead")
     executor = submitit.AutoExecutor(folder=given.logs, cluster=given.cluster)
     executor.update_parameters(name=f"lda-{checked.study}", **slurm_options(given.slurm))
     jobs = executor.map_array(run_task, [run] * given.tasks)

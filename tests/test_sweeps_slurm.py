@@ -27,6 +27,14 @@ def test_sqlite_is_refused_for_several_nodes(tmp_path: Path, capsys: pytest.Capt
     assert "sqlite serves one machine" in capsys.readouterr().err
 
 
+def test_a_password_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--study", "smoke", "--storage", "postgresql://u:s3cret@h/d"]
+    assert main(["--logs", str(tmp_path / "logs"), "--", *run]) == 2
+    assert "put the URL into LDA_STORAGE" in (told := capsys.readouterr().err)
+    assert "s3cret" not in told
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_an_array_of_two_tasks_shares_a_study(
     tmp_path: Path, standin_tiny: Path, monkeypatch: pytest.MonkeyPatch
