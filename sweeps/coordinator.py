@@ -225,7 +225,9 @@ class Coordinator:
                 self.workers.kill()
             self.stop.set()
 
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: to outlive its terminal
+            numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, on_signal) for number in numbers}
         try:
             yield
