@@ -170,10 +170,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="folder of the recorded study")
     parser.add_argument("--orders", type=int, default=200, help="shuffles (default: %(default)s)")
+    parser.add_argument("--best", type=int, metavar="N", help="replay the defaults and the best N only: a harder space")
     parser.add_argument("--output", type=Path, help="file of the table (default: print it)")
     given = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     trials, epochs = read_study(given.study)
+    if given.best is not None:
+        ranked = sorted(trials, key=lambda trial: -trial.score)[: given.best]
+        trials = [trial for trial in trials if trial.default or trial in ranked]
     scores, seconds = sorted(trial.score for trial in trials), sum(trial.seconds for trial in trials)
     lines = [
         f"{len(trials)} complete trials of {given.study.name}, {given.orders} orders. Scores from {scores[0]:.2%} to "
