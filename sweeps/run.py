@@ -32,19 +32,27 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sweeps/run.py",
         description="Run a study of LDA. The same command goes on with one that was interrupted.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--study", help="a study's name (see --list), or a YAML file", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="list the studies with their cost")
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
     parser.add_argument("--status", action="store_true", help="print how the study stands, from any shell or machine")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="the real data sets; without it, the stand-in")
-    parser.add_argument("--output", type=Path, default=Path("runs"), metavar="DIR", help="parent of the study's folder")
-    parser.add_argument("--trials", type=_positive, metavar="N", help="configurations to try, instead of the study's")
-    parser.add_argument("--seed", type=_count, metavar="N", help="seed, instead of the study's")
-    parser.add_argument("--confirm-seeds", type=_count, metavar="N", help="fresh seeds of the confirmation, 0 for none")
-    parser.add_argument("--workers", type=_positive, metavar="N", help="worker processes; one per GPU, else per core")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="the real data sets (default: the stand-in)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs"), metavar="DIR", help="parent of the study's folder (default: runs)"
+    )
+    parser.add_argument("--trials", type=_positive, metavar="N", help="configurations to try (default: the study's)")
+    parser.add_argument("--seed", type=_count, metavar="N", help="seed (default: the study's)")
+    parser.add_argument(
+        "--confirm-seeds",
+        type=_count,
+        metavar="N",
+        help="fresh seeds of the confirmation, 0: none (default: the study's)",
+    )
+    parser.add_argument(
+        "--workers", type=_positive, metavar="N", help="worker processes (default: one per GPU, else per core)"
+    )
     parser.add_argument(
         "--set",
         nargs="+",
@@ -56,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--storage",
         metavar="URL",
-        help=f"postgresql://..., journal[:PATH] or sqlite:///..., or {VARIABLE}; without, sqlite in the study's folder",
+        help=f"postgresql://..., journal[:PATH] or sqlite:///... (default: {VARIABLE}, else sqlite in the folder)",
     )
     parser.add_argument("--join", action="store_true", help="add this machine's workers to a study that runs elsewhere")
     return parser
