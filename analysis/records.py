@@ -23,8 +23,8 @@ PARAMETER = "param/"
 """Prefix of the columns of `Study.trials` that hold swept settings."""
 
 _RESULT_KEYS = (
-    "mAP", "rank1", "rank5", "rank10", "mINP", "inference", "flip_test", "average_precision", "data", "seconds",
-    "images_per_second",
+    "mAP", "rank1", "rank5", "rank10", "mINP", "num_splits", "mAP_std", "rank1_std", "inference", "flip_test",
+    "average_precision", "data", "seconds", "images_per_second",
 )  # fmt: skip
 
 
@@ -38,9 +38,9 @@ class Study:
         trials: one row per trial: name (its folder), number, origin (default, search, baseline), state, score, reason,
             and a column `param/<setting>` for every swept setting. By number, the baseline last.
         units: one row per unit: trial (name), unit (folder name), path, target, seed, method, the settings
-            cuhk03_boxes and baseline_norm, confirms (a rerun on a seed the search never saw), finished, score
-            (selection score), selection (rule), and the entries of result.json, missing where the unit is unfinished.
-            By trial, then target in table order, then seed.
+            cuhk03_boxes, cuhk03_protocol and baseline_norm, confirms (a rerun on a seed the search never saw),
+            finished, score (selection score), selection (rule), and the entries of result.json, missing where the unit is
+            unfinished. By trial, then target in table order, then seed.
     """
 
     folder: Path
@@ -129,9 +129,9 @@ def _trial_row(trial: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: trial.get(key) for key in _TRIAL_KEYS}, **parameters}
 
 
+_CONFIG_KEYS = ("target", "seed", "method", "cuhk03_boxes", "cuhk03_protocol", "baseline_norm")
 _UNIT_COLUMNS = (
-    "trial", "unit", "path", "target", "seed", "method", "cuhk03_boxes", "baseline_norm", "confirms", "finished",
-    "score", "selection", *_RESULT_KEYS,
+    "trial", "unit", "path", *_CONFIG_KEYS, "confirms", "finished", "score", "selection", *_RESULT_KEYS,
 )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def _unit_row(trial: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "trial": trial["name"],
         "unit": folder.name,
         "path": folder,
-        **{key: config[key] for key in ("target", "seed", "method", "cuhk03_boxes", "baseline_norm")},
+        **{key: config[key] for key in _CONFIG_KEYS},
         "confirms": folder.name in trial.get("confirm_units", ()),
         "finished": finished,
         "score": selection.get("score"),

@@ -24,7 +24,7 @@ AVERAGE = "average"
 
 PUBLISHED = Path(__file__).parent / "published.csv"
 
-CONDITIONS = ("data", "selection", "inference", "average_precision", "flip_test", "cuhk03_boxes")
+CONDITIONS = ("data", "selection", "inference", "average_precision", "flip_test", "cuhk03_boxes", "cuhk03_protocol")
 """What must agree between numbers that are compared."""
 
 
@@ -35,9 +35,12 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
         configuration (baseline, default, best; confirmed for further trials that were rerun), label, trial, target,
         seeds (how many), confirmed (fresh seeds, not the search's own), score (selection score, percent);
         mAP, rank1: percent, mean over seeds, with mAP_std, rank1_std their sample standard deviation;
+        splits: test splits behind each run, with mAP_split_std, rank1_split_std the standard deviation over them, mean
+        over seeds; missing for the average and for targets with one official query and gallery;
         mAP_gain, rank1_gain: points above the baseline, mean of the differences paired by seed, with
         mAP_gain_low, mAP_gain_high and so on the ends of the 95% bootstrap interval; missing without a baseline;
-        data, selection, inference, average_precision, flip_test, cuhk03_boxes: the conditions of the runs.
+        data, selection, inference, average_precision, flip_test, cuhk03_boxes, cuhk03_protocol: the conditions of the
+        runs.
     Spreads and intervals are missing with one seed.
 
     Raises UsageError when no configuration is complete.
@@ -52,17 +55,22 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
         seeds = {"seeds": configuration.runs["seed"].nunique(), "confirmed": configuration.confirmed}
         for target in [*study.targets, AVERAGE]:
             targets = study.targets if target == AVERAGE else [target]
-            statistics = {"score": configuration.percent("score", targets).mean()}
+            statistics = {
+                "score": configuration.percent("score", targets).mean(),
+                "splits": configuration.splits(targets),
+            }
             for metric in METRICS:
                 base = None if paired is None else paired.percent(metric, targets)
                 statistics |= _statistics(metric, configuration.percent(metric, targets), base)
+                if target != AVERAGE:
+                    statistics[f"{metric}_split_std"] = configuration.percent(f"{metric}_std", targets).mean()
             rows.append({**about, "target": target, **seeds, **statistics, **configuration.conditions()})
     return pd.DataFrame(rows, columns=list(_COLUMNS))
 
 
 _COLUMNS = (
-    *("configuration", "label", "trial", "target", "seeds", "confirmed", "score"),
-    *(f"{metric}{kind}" for metric in METRICS for kind in ("", "_std", "_gain", "_gain_low", "_gain_high")),
+    *("configuration", "label", "trial", "target", "seeds", "confirmed", "score", "splits"),
+    *(f"{m}{kind}" for m in METRICS for kind in ("", "_std", "_split_std", "_gain", "_gain_low", "_gain_high")),
     *CONDITIONS,
 )
 
@@ -106,6 +114,10 @@ class _Configuration:
         wide = self.runs.pivot(index="target", columns="seed", values=metric)
         values: NDArray[np.float64] = 100 * wide.loc[list(targets)].to_numpy(float)
         return values
+
+    def splits(self, targets: Sequence[str]) -> int:
+        """Test splits of a run, the most among `targets`."""
+        return int(self.runs.loc[self.runs["target"].isin(targets), "num_splits"].max())
 
     def conditions(self) -> dict[str, str]:
         """The values of every condition among the runs, comma-separated (one, unless someone mixed them)."""

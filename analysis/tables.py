@@ -53,7 +53,8 @@ def render(study: Study | Path, format: str = "text", published: bool = False) -
 
 def conditions(study: Study, table: pd.DataFrame) -> list[tuple[str, str]]:
     """What a reader must know before comparing numbers: (name, value) lines."""
-    seeds = int(table["seeds"].max())
+    seeds, splits = int(table["seeds"].max()), int(table["splits"].max())
+    usual = study.protocol.num_splits
     fresh = "fresh, never used by the search" if table["confirmed"].all() else "the search's own, nothing is confirmed"
     each = {key: sorted({word for words in table[key] for word in words.split(", ")}) for key in CONDITIONS}
     flip = {"True": "flip test", "False": "no flip test"}
@@ -62,9 +63,10 @@ def conditions(study: Study, table: pd.DataFrame) -> list[tuple[str, str]]:
         ("data", data_line(study.data)),
         ("selection", "; ".join(rules)),
         ("seeds", f"{seeds} per target ({fresh})"),
+        *([("test splits", _splits_line(splits, usual))] if max(splits, usual) > 1 else []),
         ("inference", ", ".join([*each["inference"], *(flip[word] for word in each["flip_test"])])),
-        ("CUHK03 boxes", ", ".join(each["cuhk03_boxes"])),
-        ("numbers", "percent" + (", mean ± standard deviation over seeds" if seeds > 1 else "")),
+        ("CUHK03 images", f"{', '.join(each['cuhk03_boxes'])} boxes, {', '.join(each['cuhk03_protocol'])} protocol"),
+        ("numbers", "percent" + (", mean ± standard deviation over seeds" if seeds > 1 and splits == 1 else "")),
         ("mAP", f"average precision by {', '.join(each['average_precision'])}"),
     ]
 
@@ -78,19 +80,34 @@ def data_line(data: str) -> str:
     return words.get(data, data)
 
 
+def _splits_line(splits: int, usual: int) -> str:
+    return f"{splits} per target" + (f", of the protocol's {usual}" if splits < usual else "")
+
+
 def study_grids(study: Study, table: pd.DataFrame) -> list[Grid]:
-    """The results, and the gains over the baseline where there is one; `table` is the study's `protocol_table`."""
-    return [_results_grid(study, table), *([_gain_grid(study, table)] if table["mAP_gain"].notna().any() else [])]
+    """The results, and the gains over the baseline where there is one; `table` is the study's `protocol_table`.
+
+    Where targets are tested on several splits, the spread over these comes first, that over seeds in a second table.
+    """
+    scores = table[table["target"] == AVERAGE]
+    score = f"Selection score: {'; '.join(f'{row.label} {row.score:.1f}' for row in scores.itertuples())}"
+    splits = int(table["splits"].max())
+    if splits == 1:
+        grids = [_results_grid(study, table, "_std", "", [score])]
+    else:
+        title = f"Mean ± standard deviation over the {splits} test splits of a target"
+        grids = [_results_grid(study, table, "_split_std", title, [score])]
+        if table["mAP_std"].notna().any():
+            grids.append(_results_grid(study, table, "_std", "Mean ± standard deviation over seeds", []))
+    return [*grids, *([_gain_grid(study, table)] if table["mAP_gain"].notna().any() else [])]
 
 
-def _results_grid(study: Study, table: pd.DataFrame) -> Grid:
+def _results_grid(study: Study, table: pd.DataFrame, spread: str, title: str, notes: list[str]) -> Grid:
     rows = []
     for label, group in table.groupby("label", sort=False):
-        means = [(row[metric], row[f"{metric}_std"]) for _, row in group.iterrows() for metric in METRICS]
-        rows.append([str(label), *(_cell(mean, spread) for mean, spread in means)])
-    scores = table[table["target"] == AVERAGE]
-    parts = [f"{row.label} {row.score:.1f}" for row in scores.itertuples()]
-    return Grid("", _columns(study), rows, [f"Selection score: {'; '.join(parts)}"])
+        means = [(row[metric], row[f"{metric}{spread}"]) for _, row in group.iterrows() for metric in METRICS]
+        rows.append([str(label), *(_cell(mean, deviation) for mean, deviation in means)])
+    return Grid(title, _columns(study), rows, notes)
 
 
 def _gain_grid(study: Study, table: pd.DataFrame) -> Grid:

@@ -145,6 +145,10 @@ class Config:
         "labeled", "CUHK03 crops; papers differ, so it is printed with every result", "META, ACL, ReNorm",
         choices=("labeled", "detected"),
     )  # fmt: skip
+    cuhk03_protocol: str = setting(
+        "new", "of CUHK03 as the target; classic: 20 splits, CMC on one gallery image per person", "field",
+        choices=("new", "classic"),
+    )  # fmt: skip
     msmt17_train: str = setting(
         "train", "MSMT17 training list; train+val joins both", "META, ACL", choices=("train", "train+val")
     )

@@ -90,6 +90,7 @@ class Evaluator:
             [record.camid for record in split.gallery],
             ap=self.config.average_precision,
             camera_rule=split.camera_rule,
+            single_gallery_shot=split.single_gallery_shot,
         )
         single = split.name in SINGLE_SHOT and self.config.average_precision == "step"
         if single and not math.isclose(ranking.mAP, ranking.mINP, abs_tol=1e-9):
@@ -194,7 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         method.config = config
         device = choose_device(config)
         root = options.data_root or ensure_standin()
-        splits = evaluation_splits(options.target, root, cuhk03_boxes=config.cuhk03_boxes)
+        splits = evaluation_splits(
+            options.target, root, cuhk03_boxes=config.cuhk03_boxes, cuhk03_protocol=config.cuhk03_protocol
+        )
         evaluation = Evaluator(chosen_splits(splits, config), config, device)(method.to(device))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +39,9 @@ JUNK_PID = -1
 """Market-1501's label of boxes that are neither a match nor a distractor: ignored in the gallery."""
 
 AVERAGE_PRECISIONS = ("step", "trapezoid")
+
+SHOT_DRAWS = 10
+"""Random galleries of one image per person behind a query of CUHK03's old protocol."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def evaluate_ranking(
     ap: str = "step",
     camera_rule: bool = True,
     chunk: int = 256,
+    single_gallery_shot: bool = False,
 ) -> RankingResult:
     """Rank the gallery for every query by cosine similarity and average the metrics.
 
@@ -99,6 +104,9 @@ def evaluate_ranking(
         camera_rule: drop gallery images of the query's own person and camera. False for sets without camera labels,
             where the rule would drop every match.
         chunk: queries ranked at a time; memory grows with chunk * G, never with Q * G. It cannot change a result.
+        single_gallery_shot: CMC by CUHK03's old protocol (Li et al., CVPR 2014): for every query the gallery is one
+            random image of each person, drawn `SHOT_DRAWS` times from a fixed seed, and the curves are averaged. mAP
+            and mINP still rank the whole gallery.
 
     Raises:
         UsageError: (a ValueError) sizes that do not fit, features that are not finite, an unknown `ap`, or no query
@@ -119,6 +127,7 @@ def evaluate_ranking(
         gallery, g_pids, g_camids = gallery[kept], g_pids[kept], g_camids[kept]
     gallery = _normalised(gallery)
 
+    shots = _Shots(g_pids) if single_gallery_shot else None
     precisions, first_ranks, penalties = [], [], []
     with _full_precision(gallery.device):
         for start in range(0, len(query), chunk):
@@ -127,10 +136,11 @@ def evaluate_ranking(
             wanted = matches & (q_camids[rows, None] != g_camids) if camera_rule else matches
             # Minus the cosine: nearest first when sorted, and its order is that of the Euclidean distance.
             distance = -_normalised(query[rows]) @ gallery.T  # (C, G)
+            shot_ranks = None if shots is None else shots.ranks(distance, matches, wanted)
             ranks, counts = _match_ranks(distance, matches, wanted)
             if len(counts):
                 precisions.append(_average_precision(ranks, counts, ap))
-                first_ranks.append(ranks[:, 0])
+                first_ranks.append(ranks[:, 0] if shot_ranks is None else shot_ranks.flatten())
                 penalties.append(counts / ranks.gather(1, counts[:, None] - 1)[:, 0].double())
 
     if not precisions:
@@ -141,7 +151,7 @@ def evaluate_ranking(
         mAP=torch.cat(precisions).mean().item(),
         cmc=tuple((found.double() / len(first)).tolist()),
         mINP=torch.cat(penalties).mean().item(),
-        num_valid_queries=len(first),
+        num_valid_queries=sum(map(len, penalties)),
     )
 
 
@@ -173,6 +183,37 @@ def _match_ranks(distance: Tensor, matches: Tensor, wanted: Tensor) -> tuple[Ten
     ahead = torch.bincount(bucket.flatten(), minlength=len(counts) * (most + 1)).view(-1, most + 1).cumsum(1)
     ranks = ahead[:, :most] + torch.arange(1, most + 1, device=ahead.device)
     return ranks[counts > 0], counts[counts > 0]
+
+
+class _Shots:
+    """Random galleries of one image per person, P persons; the draws of a query do not depend on the chunking."""
+
+    def __init__(self, g_pids: Tensor) -> None:
+        self.by_person = g_pids.argsort(stable=True)  # (G,)
+        persons, self.counts = g_pids.unique(return_counts=True)  # (P,), (P,)
+        self.starts = self.counts.cumsum(0) - self.counts
+        self.person_of = torch.searchsorted(persons, g_pids)  # (G,)
+        self.random = np.random.default_rng(0)
+
+    def ranks(self, distance: Tensor, matches: Tensor, wanted: Tensor, draws: int = SHOT_DRAWS) -> Tensor:
+        """Rank of the query's person in each draw, (V, draws), for the V of C queries with a wanted image.
+
+        `distance`, `matches`, `wanted`: (C, G), see `_match_ranks`. A draw of the query's own person is one of the
+        wanted images, of everybody else any image.
+        """
+        uniform = torch.from_numpy(self.random.random((len(wanted), draws, len(self.counts) + 1))).to(distance.device)
+        kept = wanted.sum(1)
+        able = kept > 0
+        distance, matches, wanted, kept, uniform = (x[able] for x in (distance, matches, wanted, kept, uniform))
+        position = self.starts + (uniform[..., :-1] * self.counts).long()  # (V, draws, P)
+        others = distance.gather(1, self.by_person[position].flatten(1)).view_as(position)
+        own = self.person_of[matches.int().argmax(1)]  # (V,)
+        others.scatter_(2, own[:, None, None].expand(-1, draws, 1), torch.inf)
+        columns = wanted.nonzero()[:, 1]
+        first = kept.cumsum(0) - kept
+        chosen = columns[first[:, None] + (uniform[..., -1] * kept[:, None]).long()]  # (V, draws)
+        limit = distance.gather(1, chosen) + TIE
+        return 1 + (others <= limit[..., None]).sum(2)
 
 
 def _average_precision(ranks: Tensor, counts: Tensor, ap: str) -> Tensor:

@@ -94,12 +94,14 @@ class Trainer:
             jitter_probability=config.jitter_probability,
             auto_augment_probability=config.auto_augment_probability,
         )
+        # A GPU augments faster than the loader's processes, and a uint8 batch is a quarter of the copy.
+        self.augment = augment if device.type == "cuda" else None
         self.batches = IdentityBatches(
             task.sources,
             packed,
             ids_per_batch=config.ids_per_batch,
             images_per_id=config.images_per_id,
-            augment=augment,
+            augment=augment if self.augment is None else None,
             seed=config.seed,
             pure=self.method.pure_batches,
         )
@@ -114,7 +116,10 @@ class Trainer:
         rate = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        on_device = Batch(batch.images.to(self.device, non_blocking=True), batch.labels.to(self.device), batch.domains)
+        images = batch.images.to(self.device, non_blocking=True)
+        if self.augment is not None:
+            images = self.augment(images, self.batches.generator(self.step))
+        on_device = Batch(images, batch.labels.to(self.device), batch.domains)
         with forward_context(self.device):
             losses = self.method.training_losses(on_device, self.step)
         scalars = self._checked(losses, batch)
@@ -185,6 +190,7 @@ def run_unit(
         data_root or ensure_standin(),
         validation_fraction=config.validation_fraction,
         cuhk03_boxes=config.cuhk03_boxes,
+        cuhk03_protocol=config.cuhk03_protocol,
         msmt17_train=config.msmt17_train,
     )
     run = RunFolder(folder, config, config.unit_hash(task.data_hash))

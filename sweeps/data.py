@@ -47,6 +47,7 @@ def prepare_data(spec: StudySpec, data_root: Path | None) -> Data:
             root,
             validation_fraction=config.validation_fraction,
             cuhk03_boxes=config.cuhk03_boxes,
+            cuhk03_protocol=config.cuhk03_protocol,
             msmt17_train=config.msmt17_train,
         )
         hashes[target] = task.data_hash

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import statistics
 import subprocess
 import sys
@@ -125,6 +126,34 @@ def test_every_table_says_what_it_shows(tmp_path: Path, format: str) -> None:
     for words in ("Market-1501", "Average", "Rank-1", "baseline, plain BN", "LDA, best of 3 (trial 1)", "Points above"):
         assert words in text
     assert "Published" not in text
+
+
+def test_protocol_1_shows_the_spread_over_its_splits(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "one", protocol="protocol1")
+    lines = render(folder).splitlines()
+    assert any(line.split() == ["test", "splits", "10", "per", "target"] for line in lines)
+    assert "Mean ± standard deviation over the 10 test splits of a target" in lines
+    (row,) = [line for line in lines if line.startswith("LDA, defaults (trial 0)  ")]
+    assert row.split()[4:] == [*["30.0±3.0", "40.0±6.0"] * 4, "30.0", "40.0"]
+    assert not any("over seeds" in line for line in lines)
+
+    two = render(write_study(tmp_path / "two", protocol="protocol1", confirm_seeds=(1, 2)))
+    assert two.index("over the 10 test splits") < two.index("Mean ± standard deviation over seeds")
+    table = protocol_table(tmp_path / "two").query("configuration == 'baseline'").set_index("target")
+    assert table.loc["grid", "mAP_split_std"] == pytest.approx(statistics.mean([2.2, 2.4]))
+    assert table.loc["grid", "mAP_std"] == pytest.approx(statistics.stdev([22, 24]))
+    assert np.isnan(table.loc["average", "mAP_split_std"])
+
+
+def test_a_single_split_is_named(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", protocol="protocol1")
+    for path in folder.glob("trial-*/*/result.json"):
+        result = json.loads(path.read_text())
+        result |= {"num_splits": 1, "mAP_std": None, "rank1_std": None}
+        path.write_text(json.dumps(result))
+    text = render(folder)
+    assert "1 per target, of the protocol's 10" in text
+    assert "±" not in text
 
 
 def test_oracle_and_real_data_are_named(tmp_path: Path) -> None:

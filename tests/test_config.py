@@ -15,12 +15,12 @@ from lda.protocols import PROTOCOLS, get_protocol
 # The settings a study file, a dashboard and a checkpoint speak of. Adding or renaming one is a decision: change this.
 SETTINGS = """
 activation_checkpointing alignment alignment_weight an_affine auto_augment_probability average_precision backbone
-bank_momentum bank_warmup_updates baseline_norm checkpoint_every classifier consistency_weight cuhk03_boxes device
-distance donor epochs evaluate_every evaluation_batch flip_probability flip_test gamma gem_p heads ids_per_batch
-image_height image_width images_per_id inference jitter_probability label_smoothing latent learning_rate loader_workers
-log_every method milestones msmt17_train network_a norm_sites optimizer pad pretrained protocol seed selection
-steps_per_epoch target test_split threads triplet_margin triplet_weight validation_fraction wandb warmup_epochs
-warmup_factor weight_decay
+bank_momentum bank_warmup_updates baseline_norm checkpoint_every classifier consistency_weight cuhk03_boxes
+cuhk03_protocol device distance donor epochs evaluate_every evaluation_batch flip_probability flip_test gamma gem_p
+heads ids_per_batch image_height image_width images_per_id inference jitter_probability label_smoothing latent
+learning_rate loader_workers log_every method milestones msmt17_train network_a norm_sites optimizer pad pretrained
+protocol seed selection steps_per_epoch target test_split threads triplet_margin triplet_weight validation_fraction
+wandb warmup_epochs warmup_factor weight_decay
 """
 
 

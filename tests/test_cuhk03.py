@@ -18,6 +18,7 @@ from lda.data import load_dataset
 from lda.errors import UsageError
 
 PAIRS = (3, 2, 1, 1, 1)  # persons of the five camera pairs
+CLASSIC = [[(1, 2), (3, 1)], [(2, 1), (5, 1), (1, 3)]]  # test persons of two splits of the classic protocol
 TRAIN, TEST = (1, 3, 5, 7), (2, 4, 6, 8)  # person numbers, counted through the pairs
 
 
@@ -69,6 +70,15 @@ def _write_release(path: Path) -> None:
                 pairs[0, pair - 1] = table.ref
 
 
+def _write_testsets(path: Path) -> None:
+    """The classic splits: 2 x K tables of (pair, person), as torchreid finds them after transposing."""
+    with h5py.File(path, "r+") as file:
+        references = file.create_dataset("testsets", (1, len(CLASSIC)), dtype=h5py.ref_dtype)
+        for split, persons in enumerate(CLASSIC):
+            table = np.array(persons, dtype=np.float64).T
+            references[0, split] = file["#refs#"].create_dataset(f"testset{split}", data=table).ref
+
+
 def _write_protocol(path: Path, boxes: str) -> None:
     names = _names(boxes)
     cells = np.empty((len(names), 1), dtype=object)
@@ -88,6 +98,7 @@ def _counts() -> trees.Counts:
         for part in ("train", "query", "gallery"):
             images = [item for item in _names(boxes) if _part_of(*item) == part]
             counts[f"{boxes}/{part}"] = {"ids": 4, "images": len(images), "cameras": 2}
+        counts[f"{boxes}/all"] = {"ids": 8, "images": len(_names(boxes)), "cameras": 2}
     return counts
 
 
@@ -255,3 +266,55 @@ def test_new_protocol_lists_do_not_depend_on_the_layout(raw: Path) -> None:
     for part in folder:
         first, second = getattr(by_raw, part), getattr(by_folder, part)
         assert sorted((r.pid, r.camid) for r in first) == sorted((r.pid, r.camid) for r in second)
+
+
+# --- the classic protocol ---------------------------------------------------------------------------------------------
+
+
+def _classic(root: Path) -> list[tuple[list[str], list[str]]]:
+    """(query names, gallery names) of every split."""
+    dataset = load_dataset("cuhk03", root, cuhk03_protocol="classic")
+    assert dataset.version == "labeled, classic"
+    assert all(split.single_gallery_shot for split in dataset.test_splits)
+    return [([r.path.name for r in s.query], [r.path.name for r in s.gallery]) for s in dataset.test_splits]
+
+
+def _classic_names(split: int) -> list[str]:
+    """torchreid's rule: every image of a test person asks and answers."""
+    wanted = set(CLASSIC[split])
+    return sorted(name for name, number in _names("labeled") if _persons()[number - 1] in wanted)
+
+
+def test_classic_splits_of_the_release(raw: Path) -> None:
+    for path in (raw / "cuhk03").glob("*.mat"):
+        path.unlink()  # the new protocol's files are not needed
+    _write_testsets(raw / "cuhk03/cuhk03_release/cuhk-03.mat")
+    assert _classic(raw) == [(_classic_names(split),) * 2 for split in range(2)]
+    dataset = load_dataset("cuhk03", raw, cuhk03_protocol="classic")
+    assert {r.pid for r in dataset.train} == {1001, 1003, 2001, 2002, 4001, 5001}
+    assert {(r.pid, r.camid) for r in dataset.query} == {(1002, 0), (1002, 1), (3001, 0), (3001, 1)}
+
+
+def test_classic_splits_unpacked_by_torchreid(tmp_path: Path) -> None:
+    _torchreid_images(tmp_path, "labeled")
+    trees.mark(tmp_path, cuhk03=_counts())
+    splits = [{"query": [[f"C:\\data\\{name}", 0, 0] for name in _classic_names(split)]} for split in range(2)]
+    (tmp_path / "cuhk03/splits_classic_labeled.json").write_text(json.dumps(splits))
+    assert _classic(tmp_path) == [(_classic_names(split),) * 2 for split in range(2)]
+    (tmp_path / "cuhk03/images_labeled/3_001_1_01.png").unlink()
+    with pytest.raises(UsageError, match=r"CUHK03 all: found 8 ids, 32 images, .*expected 8 ids, 33 images"):
+        load_dataset("cuhk03", tmp_path, cuhk03_protocol="classic")
+
+
+def test_classic_splits_are_not_in_the_folders(tmp_path: Path, raw: Path) -> None:
+    (raw / "cuhk03").rename(raw / "elsewhere")
+    trees.mark(tmp_path, cuhk03=trees.cuhk03_np(tmp_path))
+    with pytest.raises(UsageError, match=r"CUHK03 .*cuhk-03\.mat.*splits_classic_labeled\.json"):
+        load_dataset("cuhk03", tmp_path, cuhk03_protocol="classic")
+    with pytest.raises(UsageError, match=r"cuhk03_protocol: unknown value 'old'"):
+        load_dataset("cuhk03", tmp_path, cuhk03_protocol="old")
+
+
+def test_release_without_testsets(raw: Path) -> None:
+    with pytest.raises(UsageError, match=r"cuhk-03\.mat: cannot be read as cuhk-03\.mat .*testsets"):
+        load_dataset("cuhk03", raw, cuhk03_protocol="classic")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lda.errors import UsageError
-from lda.ranking import MAX_RANK, TIE, RankingResult, evaluate_ranking
+from lda.ranking import MAX_RANK, SHOT_DRAWS, TIE, RankingResult, _Shots, evaluate_ranking
 
 # All permutations have the same norm, so their cosines tie exactly when their integer products do.
 PERMUTATIONS = np.array(list(itertools.permutations((1, 2, 3, 5))))
@@ -347,3 +347,66 @@ def test_cuda_agrees_with_cpu() -> None:
     result, expected = evaluate_ranking(**on_gpu), evaluate_ranking(**case)
     assert result.mAP == pytest.approx(expected.mAP, abs=1e-5)
     assert result.rank1 == pytest.approx(expected.rank1, abs=0.01)
+
+
+# --- CUHK03's old protocol: one random gallery image per person ------------------------------------------------------
+
+
+def shot_case() -> dict[str, Any]:
+    """Four persons with one to three images in each of two views; query = gallery, as in the old protocol."""
+    rng = np.random.default_rng(3)
+    rows = [(pid, view) for pid in range(4) for view in (0, 1) for _ in range(1 + (pid + view) % 3)]
+    pids, camids = ([row[i] for row in rows] for i in (0, 1))
+    centres = rng.normal(size=(4, 3))
+    features = torch.tensor(centres[pids] + 0.9 * rng.normal(size=(len(rows), 3)))
+    return {"query": features, "gallery": features, "query_pids": pids, "gallery_pids": pids,
+            "query_camids": camids, "gallery_camids": camids}  # fmt: skip
+
+
+def exact_shot_cmc(case: dict[str, Any]) -> list[float]:
+    """Expectation over every gallery that could be drawn, query by query."""
+    features = torch.nn.functional.normalize(case["query"].double())
+    pids, camids = case["query_pids"], case["query_camids"]
+    curve = np.zeros(MAX_RANK)
+    for feature, pid, camid in zip(features, pids, camids, strict=True):
+        similar = (features @ feature).tolist()
+        images = {
+            person: [s for s, p, c in zip(similar, pids, camids, strict=True) if p == person and (p, c) != (pid, camid)]
+            for person in set(pids)
+        }
+        galleries = list(itertools.product(*images.values()))
+        own = list(images).index(pid)
+        for gallery in galleries:
+            rank = sum(s >= gallery[own] for s in gallery)
+            curve[rank - 1 :] += 1 / len(galleries) / len(pids)
+    return curve.tolist()
+
+
+def test_single_gallery_shot_cmc_against_every_possible_gallery(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = shot_case()
+    ranks = _Shots.ranks
+    monkeypatch.setattr(_Shots, "ranks", lambda *arguments: ranks(*arguments, draws=4000))
+    result = evaluate_ranking(**case, single_gallery_shot=True)
+    assert result.cmc == pytest.approx(exact_shot_cmc(case), abs=0.01)  # 4000 draws: 0.008 is one standard error
+
+
+def test_single_gallery_shot_changes_the_cmc_alone_and_not_with_the_chunk() -> None:
+    case = shot_case()
+    case["query_pids"], case["query_camids"] = [*case["query_pids"], 9], [*case["query_camids"], 0]  # nobody's query
+    case["query"] = torch.cat([case["query"], torch.ones(1, 3, dtype=torch.float64)])
+    whole = evaluate_ranking(**case)
+    result = evaluate_ranking(**case, single_gallery_shot=True)
+    assert (result.mAP, result.mINP, result.num_valid_queries) == (whole.mAP, whole.mINP, whole.num_valid_queries)
+    assert result.cmc != whole.cmc
+    assert result.cmc[3] == 1.0  # four persons
+    for chunk in (1, 5):
+        assert evaluate_ranking(**case, single_gallery_shot=True, chunk=chunk).cmc == result.cmc
+    assert (result.rank1 * SHOT_DRAWS * result.num_valid_queries) % 1 == pytest.approx(0, abs=1e-9)
+
+
+def test_single_gallery_shot_with_nothing_to_draw_is_the_usual_cmc() -> None:
+    """One image of everybody: every draw is the whole gallery."""
+    case = gaussian_case(5, num_query=20, num_gallery=20)
+    case |= {"gallery_pids": torch.arange(20), "query_pids": torch.arange(20).flip(0)}
+    case |= {"query_camids": torch.zeros(20), "gallery_camids": torch.ones(20)}
+    assert evaluate_ranking(**case, single_gallery_shot=True) == evaluate_ranking(**case)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from lda.config import preset
 from lda.data import load_dataset
+from lda.data.sources import build_task, evaluation_splits
 from lda.data.standin import MARKER, main
 from lda.data.standin_cuhk03 import write_release
 from lda.errors import UsageError
+from lda.evaluate import Evaluator
+from lda.method import build_method
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,25 @@ def test_it_is_read_as_torchreid_does(release: Path) -> None:
         for persons in testsets:
             for pair, person in persons:
                 assert 1 <= person <= file[file["labeled"][0][int(pair) - 1]].shape[1]
+
+
+def test_the_classic_protocol_is_evaluated(release: Path) -> None:
+    """All twenty splits of an untrained network: CMC on single gallery images lies above that on the whole gallery."""
+    splits = evaluation_splits("cuhk03", release, cuhk03_protocol="classic")
+    assert len(splits) == 20
+    config = preset("standin", method="baseline", threads=1)
+    method = build_method(config, [4, 4])
+    evaluation = Evaluator(splits, config, torch.device("cpu"))(method)
+    whole = Evaluator([replace(s, single_gallery_shot=False) for s in splits], config, torch.device("cpu"))(method)
+    for ranking, usual in zip(evaluation.rankings, whole.rankings, strict=True):
+        assert ranking.mAP == usual.mAP
+        assert ranking.cmc != usual.cmc
+    assert all(split.query == split.gallery for split in splits)
+
+
+def test_classic_targets_never_meet_sources_that_hold_them(release: Path) -> None:
+    with pytest.raises(UsageError, match=r"cuhk03_protocol: 'classic' tests persons that in-domain .* trains on"):
+        build_task("in_domain", "cuhk03", release, cuhk03_protocol="classic")
 
 
 def test_what_is_there_already_is_kept(release: Path, standin_tiny: Path, tmp_path: Path) -> None:

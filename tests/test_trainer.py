@@ -19,9 +19,10 @@ import lda
 from lda import evaluate, train
 from lda.checkpoint import read_checkpoint
 from lda.config import Config, preset
+from lda.data.sources import build_task
 from lda.errors import UsageError
 from lda.runs import read_metrics
-from lda.trainer import Progress, TrainingError, learning_rate, run_unit
+from lda.trainer import Progress, Trainer, TrainingError, learning_rate, run_unit
 
 
 def quick(**changes: Any) -> Config:
@@ -178,6 +179,19 @@ def test_killed_and_continued_equals_uninterrupted(finished: Path, standin_tiny:
 def test_number_of_loader_workers_changes_nothing(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
     run_unit(quick(loader_workers=2), tmp_path, data_root=standin_tiny)
     assert_same(tmp_path, finished)
+
+
+def test_augmenting_on_the_device_sees_the_same_batches(standin_tiny: Path) -> None:
+    """On a GPU the trainer augments uint8 batches itself, from the generator of the step; here on the CPU."""
+    config, cpu = quick(auto_augment_probability=0.3), torch.device("cpu")
+    task = build_task("protocol3", "market1501", standin_tiny, validation_fraction=config.validation_fraction)
+    usual, deferred = Trainer(config, task, cpu), Trainer(config, task, cpu)
+    assert usual.augment is None
+    deferred.augment, deferred.batches.augment = deferred.batches.augment, None
+    for _ in range(3):
+        rows = [trainer.train_step(next(iter(trainer.loader()))) for trainer in (usual, deferred)]
+        assert rows[0] == rows[1]
+    assert next(iter(deferred.loader())).images.dtype == torch.uint8
 
 
 def test_truncated_checkpoint_starts_again(finished: Path, standin_tiny: Path, tmp_path: Path, capsys: Any) -> None:

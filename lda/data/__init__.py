@@ -19,6 +19,7 @@ from lda.protocols import DATASETS
 __all__ = ["ImageRecord", "ReidDataset", "load_dataset", "survey_dataset"]
 
 CUHK03_BOXES = ("labeled", "detected")
+CUHK03_PROTOCOLS = ("new", "classic")
 MSMT17_TRAIN = ("train", "train+val")
 
 LEGACY = frozenset({"dukemtmcreid"})
@@ -45,6 +46,7 @@ def load_dataset(
     root: Path | str,
     *,
     cuhk03_boxes: str = "labeled",
+    cuhk03_protocol: str = "new",
     msmt17_train: str = "train",
     strict: bool = True,
     legacy: bool = False,
@@ -55,6 +57,7 @@ def load_dataset(
         name: a key of `lda.protocols.DATASETS`.
         root: the folder that holds the data set's folder, or that folder itself; see each module for its layouts.
         cuhk03_boxes: "labeled" or "detected" crops of CUHK03.
+        cuhk03_protocol: "new" (767 / 700 persons), or "classic": 20 splits of 1,367 / 100 in `splits`.
         msmt17_train: "train" (list_train) or "train+val" (both lists) of MSMT17.
         strict: counts must equal the published ones (or STANDIN.json's), names must fit; False only warns.
         legacy: read a data set that its authors have withdrawn.
@@ -64,7 +67,9 @@ def load_dataset(
     """
     if name in LEGACY and not legacy:
         raise UsageError(f"{DATASETS[name]} was withdrawn by its authors; legacy=True reads it all the same")
-    dataset, survey = survey_dataset(name, root, cuhk03_boxes=cuhk03_boxes, msmt17_train=msmt17_train)
+    dataset, survey = survey_dataset(
+        name, root, cuhk03_boxes=cuhk03_boxes, cuhk03_protocol=cuhk03_protocol, msmt17_train=msmt17_train
+    )
     refused = survey.refused(strict)
     if refused or dataset is None:
         raise UsageError("; ".join(finding.text for finding in refused))
@@ -77,19 +82,27 @@ def load_dataset(
 
 
 def survey_dataset(
-    name: str, root: Path | str, *, cuhk03_boxes: str = "labeled", msmt17_train: str = "train"
+    name: str,
+    root: Path | str,
+    *,
+    cuhk03_boxes: str = "labeled",
+    cuhk03_protocol: str = "new",
+    msmt17_train: str = "train",
 ) -> tuple[ReidDataset | None, Survey]:
     """Read one data set as far as possible, with everything that was found; the doctor's view of `load_dataset`."""
     if name not in _MODULES:
         raise UsageError(unknown("data set", name, _MODULES))
     if cuhk03_boxes not in CUHK03_BOXES:
         raise UsageError(f"cuhk03_boxes: {unknown('value', cuhk03_boxes, CUHK03_BOXES)}")
+    if cuhk03_protocol not in CUHK03_PROTOCOLS:
+        raise UsageError(f"cuhk03_protocol: {unknown('value', cuhk03_protocol, CUHK03_PROTOCOLS)}")
     if msmt17_train not in MSMT17_TRAIN:
         raise UsageError(f"msmt17_train: {unknown('value', msmt17_train, MSMT17_TRAIN)}")
     survey = Survey(name, Path(root).expanduser().absolute())
     try:
         if name == "cuhk03":
-            dataset = cuhk03.read(survey, cuhk03_boxes)
+            read = cuhk03.read if cuhk03_protocol == "new" else cuhk03.read_classic
+            dataset = read(survey, cuhk03_boxes)
         elif name == "msmt17":
             dataset = msmt17.read(survey, msmt17_train)
         else:

@@ -1,4 +1,4 @@
-"""CUHK03 with the new protocol, on labeled (hand-drawn) or detected boxes.
+"""CUHK03 with the new protocol (or the classic one), on labeled (hand-drawn) or detected boxes.
 
 References: Li et al., "DeepReID: Deep Filter Pairing Neural Network for Person Re-identification", CVPR 2014 (images);
 Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017 (new protocol).
@@ -14,6 +14,10 @@ Layouts (the first that is there):
     raw       `cuhk03/cuhk03_release/cuhk-03.mat` (MATLAB 7.3) with `cuhk03_new_protocol_config_{labeled,detected}.mat`;
               images are unpacked once into the cache directory
 The camera is the view, 0 or 1, as in every evaluation: one person is seen by one pair only.
+
+The classic protocol (2014), for comparison with older papers only: 20 splits of 1,367 persons to train and 100 to test,
+whose images are query and gallery at once, CMC on one random gallery image per person. Its splits are in cuhk-03.mat
+(`testsets`), or in torchreid's `splits_classic_*.json`; the repacked folders lack them.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,7 @@ from PIL import Image
 
 from lda.data.cache import cache_dir
 from lda.data.matlab import load_mat
-from lda.data.records import ImageRecord, ReidDataset
+from lda.data.records import ImageRecord, ReidDataset, Split
 from lda.data.tree import Count, Grammar, Layout, Survey, listing, quoted
 from lda.errors import UsageError
 
@@ -41,7 +46,11 @@ PUBLISHED = {
     "detected": {"train": Count(767, 7365, 2), "query": Count(700, 1400, 2), "gallery": Count(700, 5332, 2)},
 }
 
+PUBLISHED_ALL = {"labeled": Count(1467, 14096, 2), "detected": Count(1467, 14097, 2)}  # of the classic protocol
+
 RELEASE_MD5 = "728939e58ad9f0ff53e521857dd8fb43"  # of cuhk03_release.zip (open-reid)
+
+_PLACES = ("cuhk03", "cuhk03_new")
 
 _FOLDER_NAME = Grammar(r"(?P<pid>\d+)_c(?P<camera>\d+)_\d+", extension=".png", example="0001_c1_1.png")
 _IMAGE_NAME = Grammar(
@@ -52,12 +61,12 @@ _Lists = dict[str, list[tuple[str, int]]]  # part -> (base name, pid)
 
 
 def read(survey: Survey, boxes: str = "labeled") -> ReidDataset | None:
-    """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`.
+    """Read the new protocol below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`.
 
     `boxes`: "labeled" or "detected". Only the files of the chosen boxes are needed.
     """
     protocol, splits = f"cuhk03_new_protocol_config_{boxes}.mat", f"splits_new_{boxes}.json"
-    places = ("cuhk03", "cuhk03_new")
+    places = _PLACES
     folders = Layout(
         name="folders",
         folders=tuple(f"{name}/{boxes}" for name in ("cuhk03-np", "cuhk03_np", "cuhknp", "cuhk03")),
@@ -88,6 +97,51 @@ def read(survey: Survey, boxes: str = "labeled") -> ReidDataset | None:
         survey.check_count(part, records, PUBLISHED[boxes][part], marker_part=f"{boxes}/{part}")
     survey.check_queries(parts["query"], parts["gallery"])
     return survey.dataset(boxes, parts["train"], parts["query"], parts["gallery"])
+
+
+def read_classic(survey: Survey, boxes: str = "labeled") -> ReidDataset | None:
+    """Read the classic protocol's 20 splits; as `read`. `train` holds the training persons of the first split."""
+    json_name = f"splits_classic_{boxes}.json"
+    with_json = Layout("images", _PLACES, (f"images_{boxes}", json_name))
+    raw = Layout("raw", _PLACES, ("cuhk03_release/cuhk-03.mat",))
+    raw_together = Layout("raw", tuple(f"{name}/cuhk03_release" for name in _PLACES), ("cuhk-03.mat",))
+    found = survey.locate(raw, raw_together, with_json)
+    if found is None:
+        return None
+    if found.layout is with_json:
+        images, tests = found.part(f"images_{boxes}"), _json_tests(found.part(json_name))
+    else:
+        mat = found.part(found.layout.parts[0])
+        images, tests = _unpacked(mat, boxes), _mat_tests(mat)
+    matched = survey.images(images, _IMAGE_NAME)
+    records = [ImageRecord(images / name, _pid(name), int(match["view"]) - 1) for name, match in matched]
+    survey.check_count("all", records, PUBLISHED_ALL[boxes], marker_part=f"{boxes}/all")
+    splits = []
+    for persons in tests:
+        tested = tuple(record for record in records if record.pid in persons)
+        splits.append(Split(tested, tested, single_gallery_shot=True))
+    if absent := set().union(*tests) - {record.pid for record in records}:
+        survey.strict(f"{images}: {len(absent)} test person(s) have no image: {quoted(sorted(map(str, absent)))}")
+    train = [record for record in records if record.pid not in tests[0]]
+    return survey.dataset(f"{boxes}, classic", train=train, splits=splits)
+
+
+def _json_tests(path: Path) -> list[set[int]]:
+    """Test persons of every split of torchreid's classic split file."""
+    try:
+        return [
+            {_pid(str(item[0]).replace("\\", "/").rpartition("/")[2]) for item in split["query"]}
+            for split in json.loads(path.read_text(encoding="utf-8"))
+        ]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{path}: not a CUHK03 split file ({type(error).__name__}: {error}); delete it") from None
+
+
+def _mat_tests(mat: Path) -> list[set[int]]:
+    """Test persons of every split of cuhk-03.mat: `testsets` refers to 2 x K tables of (pair, person), both from 1."""
+    with _opened(mat) as file:
+        tables = [np.asarray(file[reference]).astype(int) for reference in np.ravel(file["testsets"])]
+    return [{pair * 1000 + person for pair, person in table.T.tolist()} for table in tables]
 
 
 def _listed(survey: Survey, images: Path, lists: _Lists) -> dict[str, list[ImageRecord]]:
@@ -163,19 +217,26 @@ def _unpacked(mat: Path, boxes: str) -> Path:
 
 def _mat_images(mat: Path, boxes: str) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     """(name, (H, W, 3) uint8) of every image: per camera pair a table of 10 x persons, rows 1-5 view 1, 6-10 view 2."""
+    with _opened(mat) as file:
+        for pair, pair_reference in enumerate(np.ravel(file[boxes]), start=1):
+            for person, row in enumerate(np.asarray(file[pair_reference]).T, start=1):
+                for column, reference in enumerate(row):
+                    image = np.asarray(file[reference])
+                    if image.ndim == 3:  # an empty cell is an array of two zeros
+                        name = f"{pair}_{person:03d}_{column // 5 + 1}_{column + 1:02d}.png"
+                        yield name, np.ascontiguousarray(image.transpose(2, 1, 0))
+
+
+@contextmanager
+def _opened(mat: Path) -> Iterator[Any]:
+    """cuhk-03.mat as an HDF5 file. Raises UsageError where it, or what is read from it inside `with`, is damaged."""
     try:
         import h5py
     except ImportError:
         raise UsageError(f"{mat}: reading it needs h5py: pip install h5py") from None
     try:
         with h5py.File(mat, "r") as file:
-            for pair, pair_reference in enumerate(np.ravel(file[boxes]), start=1):
-                for person, row in enumerate(np.asarray(file[pair_reference]).T, start=1):
-                    for column, reference in enumerate(row):
-                        image = np.asarray(file[reference])
-                        if image.ndim == 3:  # an empty cell is an array of two zeros
-                            name = f"{pair}_{person:03d}_{column // 5 + 1}_{column + 1:02d}.png"
-                            yield name, np.ascontiguousarray(image.transpose(2, 1, 0))
+            yield file
     except (OSError, KeyError) as error:
         raise UsageError(
             f"{mat}: cannot be read as cuhk-03.mat ({error}); it is truncated or another file, "

@@ -25,10 +25,16 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Split:
-    """One division of a small data set for testing: results are averaged over several."""
+    """One division of a small data set for testing: results are averaged over several.
+
+    Attributes:
+        query, gallery: test images.
+        single_gallery_shot: scored by CUHK03's old protocol, see `lda.ranking.evaluate_ranking`.
+    """
 
     query: tuple[ImageRecord, ...]
     gallery: tuple[ImageRecord, ...]
+    single_gallery_shot: bool = False
 
 
 @dataclass(frozen=True)

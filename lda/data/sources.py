@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,14 @@ class EvaluationSet:
         name: the data set.
         query, gallery: pids are unique within this set.
         camera_rule: ignore gallery images of the query's person that share its camera; False where cameras are unknown.
+        single_gallery_shot: CMC by CUHK03's old protocol.
     """
 
     name: str
     query: tuple[ImageRecord, ...]
     gallery: tuple[ImageRecord, ...]
     camera_rule: bool = True
+    single_gallery_shot: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def build_task(
     *,
     validation_fraction: float = 0.0,
     cuhk03_boxes: str = "labeled",
+    cuhk03_protocol: str = "new",
     msmt17_train: str = "train",
     strict: bool = True,
 ) -> Task:
@@ -109,6 +112,7 @@ def build_task(
         data_root: folder that holds the data sets.
         validation_fraction: share of each source's identities held out of training, at least 2 where it is above 0.
         cuhk03_boxes, msmt17_train: see `lda.data.load_dataset`.
+        cuhk03_protocol: as there, of CUHK03 as the target; as a source it always has the new protocol's parts.
         strict: as there; False also decodes every source image once and leaves damaged ones out of training. A damaged
             test image stays an error: leaving it out would change the metric.
 
@@ -119,7 +123,11 @@ def build_task(
     names = rules.sources(target)
     options = {"cuhk03_boxes": cuhk03_boxes, "strict": strict}
     everything = {"msmt17_train": "train+val" if rules.source_part == "all" else msmt17_train}
-    datasets = _load((*names, target), data_root, {**options, **everything})
+    if target in names and cuhk03_protocol != "new":
+        raise UsageError(
+            f"cuhk03_protocol: {cuhk03_protocol!r} tests persons that {rules.title} trains on; set it to new"
+        )
+    datasets = _load((*names, target), data_root, {**options, **everything}, {"cuhk03_protocol": cuhk03_protocol})
     sources, validation = [], []
     for name in names:
         identities = _identities(datasets[name], rules.source_part)
@@ -152,20 +160,23 @@ def evaluation_set(
 
 
 def evaluation_splits(
-    target: str, data_root: Path, *, cuhk03_boxes: str = "labeled", strict: bool = True
+    target: str, data_root: Path, *, cuhk03_boxes: str = "labeled", cuhk03_protocol: str = "new", strict: bool = True
 ) -> tuple[EvaluationSet, ...]:
     """Every split of a target, alone. Raises UsageError if it has no query and gallery or cannot be read."""
-    return _test_splits(load_dataset(target, data_root, cuhk03_boxes=cuhk03_boxes, strict=strict))
+    options = {"cuhk03_boxes": cuhk03_boxes, "cuhk03_protocol": cuhk03_protocol}
+    return _test_splits(load_dataset(target, data_root, strict=strict, **options))
 
 
-def _load(names: Iterable[str], data_root: Path, options: Mapping[str, Any]) -> dict[str, ReidDataset]:
-    """Every data set once. Raises one UsageError with what is wrong in all of them."""
+def _load(
+    names: Sequence[str], data_root: Path, options: Mapping[str, Any], of_target: Mapping[str, Any]
+) -> dict[str, ReidDataset]:
+    """Every data set once; `of_target` are options of the last. Raises one UsageError with all that is wrong."""
     if not Path(data_root).is_dir():
         raise UsageError(f"data root {data_root} does not exist or is not a folder")
     datasets, wrong = {}, []
     for name in dict.fromkeys(names):
         try:
-            datasets[name] = load_dataset(name, data_root, **options)
+            datasets[name] = load_dataset(name, data_root, **options, **(of_target if name == names[-1] else {}))
         except UsageError as error:
             wrong.append(str(error))
     if wrong:
@@ -176,7 +187,10 @@ def _load(names: Iterable[str], data_root: Path, options: Mapping[str, Any]) -> 
 def _test_splits(dataset: ReidDataset) -> tuple[EvaluationSet, ...]:
     if not dataset.test_splits:
         raise UsageError(f"{DATASETS[dataset.name]} has no query and gallery: it is only trained on")
-    return tuple(EvaluationSet(dataset.name, split.query, split.gallery) for split in dataset.test_splits)
+    return tuple(
+        EvaluationSet(dataset.name, split.query, split.gallery, single_gallery_shot=split.single_gallery_shot)
+        for split in dataset.test_splits
+    )
 
 
 def _identities(dataset: ReidDataset, part: SourcePart) -> _Identities:
