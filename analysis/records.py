@@ -39,8 +39,8 @@ class Study:
             and a column `param/<setting>` for every swept setting. By number, the baseline last.
         units: one row per unit: trial (name), unit (folder name), path, target, seed, method, the settings
             cuhk03_boxes, cuhk03_protocol and baseline_norm, confirms (a rerun on a seed the search never saw),
-            finished, score (selection score), selection (rule), and the entries of result.json, missing where the unit is
-            unfinished. By trial, then target in table order, then seed.
+            finished, score (selection score), selection (rule), and the entries of result.json, missing where the unit
+            is unfinished. By trial, then target in table order, then seed.
     """
 
     folder: Path

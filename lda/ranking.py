@@ -190,9 +190,8 @@ class _Shots:
 
     def __init__(self, g_pids: Tensor) -> None:
         self.by_person = g_pids.argsort(stable=True)  # (G,)
-        persons, self.counts = g_pids.unique(return_counts=True)  # (P,), (P,)
+        _, self.person_of, self.counts = torch.unique(g_pids, return_inverse=True, return_counts=True)  # -, (G,), (P,)
         self.starts = self.counts.cumsum(0) - self.counts
-        self.person_of = torch.searchsorted(persons, g_pids)  # (G,)
         self.random = np.random.default_rng(0)
 
     def ranks(self, distance: Tensor, matches: Tensor, wanted: Tensor, draws: int = SHOT_DRAWS) -> Tensor:

@@ -163,8 +163,8 @@ def evaluation_splits(
     target: str, data_root: Path, *, cuhk03_boxes: str = "labeled", cuhk03_protocol: str = "new", strict: bool = True
 ) -> tuple[EvaluationSet, ...]:
     """Every split of a target, alone. Raises UsageError if it has no query and gallery or cannot be read."""
-    options = {"cuhk03_boxes": cuhk03_boxes, "cuhk03_protocol": cuhk03_protocol}
-    return _test_splits(load_dataset(target, data_root, strict=strict, **options))
+    dataset = load_dataset(target, data_root, cuhk03_boxes=cuhk03_boxes, cuhk03_protocol=cuhk03_protocol, strict=strict)
+    return _test_splits(dataset)
 
 
 def _load(
