@@ -12,7 +12,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 # Of ImageNet, for RGB in 0..1, as the backbone's weights expect.
@@ -108,27 +107,16 @@ def shifted(images: Tensor, pad: int, rows: Tensor, columns: Tensor, flip: Tenso
         rows, columns: (B,) upper left corner of each H x W window in its padded image, 0 to 2 pad.
         flip: (B,) mirror the image before.
     """
-    padded = F.pad(images, [pad] * 4)  # (B, C, H + 2p, W + 2p)
-    as_is, mirrored = (~flip).nonzero()[:, 0], flip.nonzero()[:, 0]
-    corners = rows * padded.stride(2) + columns
-    parts = [
-        _windows(source, which * padded.stride(0) + corners[which], images)
-        for source, which in ((padded, as_is), (padded.flip(3), mirrored))
-    ]
-    back = torch.cat([as_is, mirrored]).argsort()
-    return torch.cat(parts).index_select(0, back.to(images.device))
-
-
-def _windows(padded: Tensor, starts: Tensor, images: Tensor) -> Tensor:
-    """Windows of the shape of `images` that start at positions `starts` of the flat memory of `padded`.
-
-    Every such window is an element of one view of that memory, so that index_select copies whole rows; indexing by
-    element takes several times as long.
-    """
-    _, channels, height, width = images.shape
-    size = (channels - 1) * padded.stride(1) + (height - 1) * padded.stride(2) + width
-    shape = (padded.numel() - size + 1, channels, height, width)
-    windows = padded.as_strided(shape, (1, padded.stride(1), padded.stride(2), 1))
+    count, channels, height, width = images.shape
+    padded = images.new_zeros(2, count, channels, height + 2 * pad, width + 2 * pad)  # as they are, and mirrored
+    inner = padded[..., pad : pad + height, pad : pad + width]
+    inner[0], inner[1] = images, images.flip(3)
+    _, stride, plane, line, _ = padded.stride()
+    starts = (flip * count + torch.arange(count)) * stride + rows * line + columns
+    # Every window is an element of one view of this memory, so that index_select copies whole rows; indexing by
+    # element takes several times as long.
+    size = (channels - 1) * plane + (height - 1) * line + width
+    windows = padded.as_strided((padded.numel() - size + 1, channels, height, width), (1, plane, line, 1))
     return windows.index_select(0, starts.to(images.device))
 
 
