@@ -24,6 +24,8 @@ from lda.runs import atomic
 
 FORMATS = ("text", "markdown", "latex", "csv")
 
+_FEW_SEEDS = 5  # below so many, a bootstrap over seeds knows too few values to mean its 95%
+
 SELECTION_RULES = {
     "source_validation": "source_validation (held-out source identities; the target is never looked at)",
     "oracle": "ORACLE (chosen by looking at the target; not a generalisation result)",
@@ -115,9 +117,14 @@ def _gain_grid(study: Study, table: pd.DataFrame) -> Grid:
     for label, group in table[table["mAP_gain"].notna()].groupby("label", sort=False):
         for metric, name in METRICS.items():
             rows.append([f"{label}, {name}", *(_gain(row, f"{metric}_gain") for _, row in group.iterrows())])
-    interval = " [95% bootstrap interval]" if table["mAP_gain_low"].notna().any() else ""
+    seeds = int(table["seeds"].max())
+    interval = " [95% bootstrap interval]" if seeds > 1 else ""
+    few = f"An interval from {seeds} seeds is hardly more than their range: too few to call a gain certain"
     return Grid(
-        f"Points above the baseline, paired by seed{interval}", [("", name) for name in _names(study)], rows, []
+        f"Points above the baseline, paired by seed{interval}",
+        [("", name) for name in _names(study)],
+        rows,
+        [few] if 1 < seeds < _FEW_SEEDS else [],
     )
 
 

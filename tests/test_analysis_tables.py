@@ -156,6 +156,12 @@ def test_a_single_split_is_named(tmp_path: Path) -> None:
     assert "±" not in text
 
 
+def test_an_interval_from_few_seeds_says_so(tmp_path: Path) -> None:
+    for seeds, said in ((1, False), (2, True), (5, False)):
+        folder = write_study(tmp_path / str(seeds), confirm_seeds=range(1, seeds + 1))
+        assert (f"An interval from {seeds} seeds is hardly more than their range" in render(folder)) == said
+
+
 def test_oracle_and_real_data_are_named(tmp_path: Path) -> None:
     text = render(write_study(tmp_path / "study", selection="oracle", data="real"))
     assert "ORACLE" in text

@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=4, help="per run (default: %(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every unit")
     given = parser.parse_args()
+    if given.trials % 2:
+        parser.error(f"--trials {given.trials}: expected an even number, or one of two workers idles through the last")
     measured = {workers: measure(given.study, workers, given.trials, given.set) for workers in (1, 2)}
     print("workers  coordinator up  first step  unit  overhead per unit  units per hour")
     for workers, m in measured.items():
