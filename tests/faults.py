@@ -1,6 +1,6 @@
 """What a study survives: real studies on the tiny stand-in with faults injected, and what each cost.
 
-    python tests/faults.py [--fault NAME ...] [--output reports/faults.md]
+    python tests/faults.py [--fault NAME ...] [--kills N] [--output reports/faults.md]
 
 Every fault runs a study of real training to its end. A watcher notes when each unit's result.json appears and whether
 it ever changes or vanishes afterwards; metrics.jsonl must hold every step exactly once; the study's storage is read at
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import optuna
@@ -30,6 +32,7 @@ from optuna.trial import TrialState
 from postgres import Server, binaries
 from studies import Command, children_of, log_of, wait_for
 
+from lda.runs import environment
 from sweeps.folders import read_json
 from sweeps.ledger import Entry, entries, fault
 from sweeps.storage import open_storage, storage_url
@@ -498,6 +501,36 @@ def table(outcomes: Sequence[Outcome], skipped: dict[str, str]) -> str:
     return "\n".join(lines + [f"| {name} | not run: {reason} |" for name, reason in skipped.items()]) + "\n"
 
 
+_REPORT = """# What a study survives
+
+Every row is a study of real training (tiny stand-in, the small network) into which a fault was injected, run to its end
+by the commands a user would type. Regenerate, as root on Linux with PostgreSQL installed:
+
+```bash
+{command}
+```
+
+Injected: how often the fault struck. Lost: finished units whose result vanished. Run twice: finished units whose result
+was written again, or whose metrics hold a step twice. Left RUNNING: trials in the storage after the end. Given up:
+configurations that failed for good, each with its reason; the two rows with a 1 inject a configuration that cannot
+succeed. Retries: attempts beyond the first. A fault of a machine costs no finished unit, and one of a configuration
+stops that configuration alone.
+
+{table}
+Run on {date}, commit {commit}, {cores} CPU cores, optuna {optuna}, torch {torch}; the random kills draw their times and
+victims (a worker, the coordinator, everything) from the seed.
+"""
+
+
+def report(text: str) -> str:
+    """The kept page around the table."""
+    machine = environment("cpu")
+    versions = machine["versions"]
+    command = shlex.join(["python", *sys.argv])
+    facts = {"commit": machine["commit"][:7], "optuna": versions["optuna"], "torch": versions["torch"]}
+    return _REPORT.format(command=command, table=text, date=f"{date.today()}", cores=os.cpu_count(), **facts)
+
+
 def main() -> None:
     """Run faults and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -527,7 +560,7 @@ def main() -> None:
                 skipped[name] = str(reason)
     text = table(outcomes, skipped)
     if given.output:
-        given.output.write_text(text)
+        given.output.write_text(report(text))
     print(text)
 
 

@@ -1,12 +1,12 @@
 """Images per second of CPU time: per-image PIL pipeline, packed images, and a bare copy of as many packed bytes.
 
     python tests/benchmarks/bench_loading.py                  # the pipelines, in turn, in one run
-    python tests/benchmarks/bench_loading.py --memory 200000  # resident memory of packing and batching an index
+    python tests/benchmarks/bench_loading.py --memory 200000  # resident memory of packing an index and training on it
 
 All pipelines read JPEG files of 128 x 64 to batches of 256 x 128. Rates depend on the machine, their ratios less; CPU
 time rather than the clock, since other programs may share the cores.
-`--memory` makes an index of many records over a few files (hard links), packs it at 64 x 32, draws batches and prints
-the peak of resident memory that is not page cache.
+`--memory` makes an index of many records over a few files (hard links), divides it over four source domains, packs it
+at 64 x 32, trains LDA's small network on it and prints resident memory that is not page cache after each part.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from lda.data.batches import IdentityBatches
+from lda.config import preset
 from lda.data.packed import pack
 from lda.data.records import ImageRecord
-from lda.data.sources import SourceDomain
+from lda.data.sources import EvaluationSet, SourceDomain, Task
 from lda.data.transforms import MEAN, STD, Augment, normalise
+from lda.trainer import Trainer
 
 HEIGHT, WIDTH, PAD, BATCH = 256, 128, 10, 64
 
@@ -91,7 +92,7 @@ def speed(count: int, repeats: int) -> None:
         print(f"{name:<26} {value:9,.0f} images/s   {beside}")
 
 
-def memory(count: int) -> None:
+def memory(count: int, steps: int = 300) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         files = write_images(Path(temporary), 50)
@@ -104,15 +105,27 @@ def memory(count: int) -> None:
             ImageRecord(Path(entry), int(entry.name[:6]) // 12, int(entry.name[8]) - 1)
             for entry in sorted(index.iterdir())
         )
-        labels = np.array([record.pid for record in records])
         print(f"{count:,} records{'':<12}{anonymous_mib():8.0f} MiB")
-        images = pack(records, 64, 32, Path(temporary) / "cache")
+        os.environ["LDA_CACHE_DIR"] = str(Path(temporary) / "cache")
+        task = _task([records[start::4] for start in range(4)])
+        config = preset("standin", threads=1, bank_warmup_updates=1, steps_per_epoch=steps, epochs=1, milestones=())
+        trainer = Trainer(config, task, torch.device("cpu"))
         print(f"{'packed':<28}{anonymous_mib():8.0f} MiB")
-        source = SourceDomain("market1501", records, labels, int(labels[-1]) + 1)
-        batches = IdentityBatches([source], [images], 16, 4, Augment(pad=3), 0, True)
-        for step in range(2000):
-            batches[step]
-        print(f"{'2,000 batches':<28}{anonymous_mib():8.0f} MiB, peak {anonymous_mib('VmHWM'):.0f} MiB with page cache")
+        for batch in trainer.loader():
+            trainer.train_step(batch)
+        print(
+            f"{f'{steps} steps':<28}{anonymous_mib():8.0f} MiB, peak {anonymous_mib('VmHWM'):.0f} MiB with page cache"
+        )
+
+
+def _task(domains: list[tuple[ImageRecord, ...]]) -> Task:
+    """A run's data: every list of records is a source domain of twelve images per person, nothing is tested."""
+    sources = []
+    for name, records in zip(("market1501", "cuhk02", "cuhk03", "cuhk_sysu"), domains, strict=True):
+        labels = np.arange(len(records)) // 12
+        sources.append(SourceDomain(name, records, labels, int(labels[-1]) + 1))
+    test = EvaluationSet("prid", domains[0][:1], domains[0][1:2])
+    return Task("protocol1", "prid", tuple(sources), (), test, True, "", {})
 
 
 def anonymous_mib(field: str = "RssAnon") -> float:
