@@ -24,6 +24,7 @@ class Checkpoint:
         num_ids: identities per source domain, in the order of `sources`.
         seconds: wall-clock time spent on the unit so far.
         method, optimizer: state dicts.
+        trained_in: folder name of the unit that did the training, "" for this one.
     """
 
     unit: str
@@ -34,6 +35,7 @@ class Checkpoint:
     seconds: float
     method: dict[str, Any]
     optimizer: dict[str, Any]
+    trained_in: str = ""
 
     def save(self, path: Path) -> None:
         """Write atomically: a run killed meanwhile keeps its previous checkpoint."""

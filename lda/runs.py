@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -88,13 +88,24 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Drop what metrics.jsonl says after `step` (a resumed run writes it again), and a half-written last line."""
+    def rows(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl says so far."""
         path = self.path / "metrics.jsonl"
-        if path.exists():
-            kept = [row for row in read_metrics(path) if row["step"] <= step]
-            with atomic(path) as file:
-                file.writelines(json.dumps(row) + "\n" for row in kept)
+        return read_metrics(path) if path.exists() else []
+
+    def rewind(self, step: int, last: bool = False) -> None:
+        """Drop what metrics.jsonl says after `step` (a resumed run writes it again), and a half-written last line.
+
+        `last`: the step is the run's last one, whose validation is made again too.
+        """
+        kept = [row for row in self.rows() if row["step"] < step or (row["step"] == step and (not last or "lr" in row))]
+        if kept or (self.path / "metrics.jsonl").exists():
+            self.replace_rows(kept)
+
+    def replace_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Make metrics.jsonl say this."""
+        with atomic(self.path / "metrics.jsonl") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lda.device import choose_device, forward_context
 from lda.errors import UsageError
 from lda.evaluate import Evaluator, chosen_splits, metrics
 from lda.method import LDA, Losses, Method, build_method
-from lda.runs import RunFolder, environment, write_json
+from lda.runs import RunFolder, environment, read_metrics, write_json
 from lda.tracking import RunLabels, Tracker
 
 _REMEDY = "try a lower learning_rate or a longer warmup_epochs"
@@ -175,11 +175,15 @@ def run_unit(
     data_root: Path | None = None,
     labels: RunLabels | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    siblings: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Run one unit to its end in `folder`, going on from its checkpoint, and return the content of result.json.
 
     A finished unit is returned at once. Without `data_root` it runs on the stand-in, generated on first use. An
     exception raised by `on_progress` ends the run and passes through; the checkpoint stays.
+
+    `siblings`: folders of other units on the same data. Where one of them is finished and differs in its target alone,
+    as the targets of Protocol-1 do, which share their sources, its training is taken over instead of being repeated.
 
     Raises UsageError for bad data or settings, TrainingError for a loss that is not finite.
     """
@@ -198,6 +202,7 @@ def run_unit(
     if finished is not None:
         return finished
     write_json(folder / "env.json", environment(str(device)))
+    _take_over(run, config, task, siblings)
     labels = labels or RunLabels(name=f"{config.method}-{config.target}-s{config.seed}")
     data = "stand-in" if task.standin else "real"
     details = {**config.to_dict(), "data": data, "sources": [s.name for s in task.sources], "versions": task.versions}
@@ -209,6 +214,29 @@ def run_unit(
         raise
     tracker.finish()
     return result
+
+
+def _take_over(run: RunFolder, config: Config, task: Task, siblings: Sequence[Path]) -> None:
+    """Copy checkpoint and metrics of a finished sibling whose training is this unit's."""
+    if config.selection == "oracle" or (run.path / "checkpoint.pt").exists():
+        return  # oracle validates on its own target while it trains
+    shapes = (tuple(source.name for source in task.sources), tuple(source.num_ids for source in task.sources))
+    for sibling in siblings:
+        if not (sibling / "result.json").is_file():
+            continue
+        try:
+            saved = read_checkpoint(sibling / "checkpoint.pt")
+            rows = read_metrics(sibling / "metrics.jsonl")
+        except (UsageError, OSError) as error:
+            print(f"warning: {error}; training again", file=sys.stderr)
+            continue
+        same = saved.config.replace(target=config.target).unit_hash() == config.unit_hash()
+        if same and (saved.sources, saved.num_ids) == shapes and saved.step == config.total_steps:
+            run.replace_rows(rows)
+            trained_in = saved.trained_in or sibling.name
+            own = replace(saved, unit=run.unit, config=config, seconds=0.0, trained_in=trained_in)
+            own.save(run.path / "checkpoint.pt")
+            return
 
 
 class _Unit:
@@ -230,6 +258,7 @@ class _Unit:
         self.started = time.monotonic()
         self.seconds_before = 0.0
         self.images_per_second = 0.0
+        self.trained_in = ""
 
     def finish(self) -> dict[str, Any]:
         """Train what is left, select, test, and write the result."""
@@ -252,6 +281,7 @@ class _Unit:
             "seconds": round(self._seconds(), 2),
             "images_per_second": round(self.images_per_second, 1),
             "steps": self.trainer.step,
+            "trained_in": self.trained_in,
             "feature/norm": test.feature_norm,
             "feature/effective_rank": test.effective_rank,
         }
@@ -273,7 +303,13 @@ class _Unit:
             return
         self.trainer.restore(saved)
         self.seconds_before = saved.seconds
-        self.run.rewind(saved.step)
+        self.run.rewind(saved.step, last=saved.step == self.config.total_steps)
+        self.trained_in = saved.trained_in
+        if self.trained_in:
+            rows = self.run.rows()
+            self.images_per_second = rows[-1]["images_per_second"]
+            for row in rows:  # W&B has not seen them in this run
+                self.tracker.log(row)
 
     def _fit(self) -> None:
         config, trainer = self.config, self.trainer

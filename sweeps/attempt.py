@@ -107,6 +107,7 @@ class Attempt:
                     data_root=Path(self.assignment.data_root),
                     labels=self._labels(target),
                     on_progress=on_progress,
+                    siblings=[folder.with_name(unit_name(other, config.seed)) for other in self.spec.targets],
                 )
             except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
                 if isinstance(error, TrainingError) or not _disk_full(folder):

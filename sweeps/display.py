@@ -125,7 +125,7 @@ def _confirmations(spec: StudySpec) -> int:
 def _remaining(
     spec: StudySpec, budget: Budget, search: list[Entry], confirm: list[Entry], workers: int
 ) -> float | None:
-    """Median seconds of a unit x units to go / workers; no longer than the wall clock allows."""
+    """Mean seconds of a unit x units to go / workers; no longer than the wall clock allows."""
     seconds: list[float] = [unit["seconds"] for entry in search + confirm for unit in entry.units.values()]
     if not seconds:
         return None
@@ -133,7 +133,7 @@ def _remaining(
     open_entries = [entry for entry in search + confirm if not entry.ended(budget.retries)]
     unseen = max(0, budget.trials - len(search)) + (0 if confirm else _confirmations(spec))
     to_go = sum(per_entry - len(entry.units) for entry in open_entries) + per_entry * unseen
-    expected = statistics.median(seconds) * to_go / max(1, workers)
+    expected = statistics.fmean(seconds) * to_go / max(1, workers)
     return expected if budget.until is None else min(expected, max(0.0, budget.until - time.time()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +193,52 @@ def test_augmenting_on_the_device_sees_the_same_batches(standin_tiny: Path) -> N
         rows = [trainer.train_step(next(iter(trainer.loader()))) for trainer in (usual, deferred)]
         assert rows[0] == rows[1]
     assert next(iter(deferred.loader())).images.dtype == torch.uint8
+
+
+def test_targets_with_the_same_sources_share_one_training(standin_tiny: Path, tmp_path: Path) -> None:
+    """Protocol-1: what PRID's unit trained is tested on GRID as if GRID's unit had trained it, bit for bit."""
+    prid, grid = (quick(protocol="protocol1", target=target, wandb="offline") for target in ("prid", "grid"))
+    run_unit(prid, tmp_path / "prid", data_root=standin_tiny)
+    alone = run_unit(grid, tmp_path / "alone", data_root=standin_tiny)
+    steps: list[int] = []
+    options: dict[str, Any] = {"data_root": standin_tiny, "on_progress": lambda progress: steps.append(progress.step)}
+    shared = run_unit(grid, tmp_path / "grid", siblings=[tmp_path / "nowhere", tmp_path / "prid"], **options)
+    assert steps == []
+    assert (shared["trained_in"], alone["trained_in"]) == ("prid", "")
+    assert shared["images_per_second"] > 0
+    for changed in ("trained_in", "seconds", "images_per_second"):
+        del shared[changed], alone[changed]
+    assert shared == alone
+    folders = [tmp_path / "grid", tmp_path / "alone"]
+    assert read_checkpoint(folders[0] / "checkpoint.pt").config == grid
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
+    assert len(list((tmp_path / "grid").glob("wandb/offline-run-*"))) == 1
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"bank_momentum": 0.5}, {"selection": "oracle"}])
+def test_another_training_is_never_taken_over(change: dict[str, Any], standin_tiny: Path, tmp_path: Path) -> None:
+    run_unit(quick(protocol="protocol1", target="prid", epochs=1, **change), tmp_path / "prid", data_root=standin_tiny)
+    config = quick(
+        protocol="protocol1", target="grid", epochs=1, **{k: v for k, v in change.items() if k == "selection"}
+    )
+    result = run_unit(config, tmp_path / "grid", data_root=standin_tiny, siblings=[tmp_path / "prid"])
+    assert result["trained_in"] == ""
+    unfinished = tmp_path / "prid" / "result.json"
+    unfinished.unlink()
+    again = run_unit(config, tmp_path / "again", data_root=standin_tiny, siblings=[tmp_path / "prid"])
+    assert again["mAP"] == result["mAP"]
+
+
+def test_killed_after_its_last_step_a_unit_says_nothing_twice(
+    finished: Path, standin_tiny: Path, tmp_path: Path
+) -> None:
+    """Its checkpoint is complete and its last validation logged, but the result is not written."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "result.json").unlink()
+    run_unit(quick(), folder, data_root=standin_tiny)
+    assert_same(folder, finished)
 
 
 def test_truncated_checkpoint_starts_again(finished: Path, standin_tiny: Path, tmp_path: Path, capsys: Any) -> None:
