@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LISTED = 15  # more choices than a line holds are not listed
+
 
 class UsageError(ValueError):
     """A mistake of the user (argument, study file, data folder). Commands print its message and exit with 2."""
@@ -15,4 +17,7 @@ def unknown(what: str, value: object, choices: Iterable[str]) -> str:
     valid = list(choices)
     near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.4)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"unknown {what} {value!r}{hint}; expected one of: {', '.join(valid)}"
+    if len(valid) <= _LISTED:
+        return f"unknown {what} {value!r}{hint}; expected one of: {', '.join(valid)}"
+    nearest = difflib.get_close_matches(str(value), valid, n=5, cutoff=0.0)
+    return f"unknown {what} {value!r}{hint}; {len(valid)} are valid, the nearest: {', '.join(nearest)}"
