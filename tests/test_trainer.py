@@ -22,8 +22,8 @@ from lda.checkpoint import read_checkpoint
 from lda.config import Config, preset
 from lda.data.sources import build_task
 from lda.errors import UsageError
-from lda.runs import read_metrics
-from lda.trainer import Progress, Trainer, TrainingError, learning_rate, run_unit
+from lda.runs import RunFolder, read_metrics
+from lda.trainer import Progress, Trainer, TrainingError, _take_over, learning_rate, run_unit
 
 
 def quick(**changes: Any) -> Config:
@@ -195,39 +195,67 @@ def test_augmenting_on_the_device_sees_the_same_batches(standin_tiny: Path) -> N
     assert next(iter(deferred.loader())).images.dtype == torch.uint8
 
 
-def test_targets_with_the_same_sources_share_one_training(standin_tiny: Path, tmp_path: Path) -> None:
-    """Protocol-1: what PRID's unit trained is tested on GRID as if GRID's unit had trained it, bit for bit."""
-    prid, grid = (quick(protocol="protocol1", target=target, wandb="offline") for target in ("prid", "grid"))
-    run_unit(prid, tmp_path / "prid", data_root=standin_tiny)
-    alone = run_unit(grid, tmp_path / "alone", data_root=standin_tiny)
+def of_protocol1(target: str, **changes: Any) -> Config:
+    return quick(protocol="protocol1", target=target, **{"epochs": 1, "inference": "expert", **changes})
+
+
+@pytest.fixture(scope="module")
+def ilids(standin_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished unit of Protocol-1, whose targets share their sources."""
+    folder = tmp_path_factory.mktemp("protocol1") / "ilids"
+    run_unit(of_protocol1("ilids"), folder, data_root=standin_tiny)
+    return folder
+
+
+def test_targets_with_the_same_sources_share_one_training(ilids: Path, standin_tiny: Path, tmp_path: Path) -> None:
+    """What i-LIDS's unit trained is tested on PRID as if PRID's unit had trained it, bit for bit."""
+    config = of_protocol1("prid", wandb="offline")
+    alone = run_unit(config, tmp_path / "alone", data_root=standin_tiny)
     steps: list[int] = []
     options: dict[str, Any] = {"data_root": standin_tiny, "on_progress": lambda progress: steps.append(progress.step)}
-    shared = run_unit(grid, tmp_path / "grid", siblings=[tmp_path / "nowhere", tmp_path / "prid"], **options)
+    shared = run_unit(config, tmp_path / "shared", siblings=[tmp_path / "nowhere", ilids], **options)
     assert steps == []
-    assert (shared["trained_in"], alone["trained_in"]) == ("prid", "")
+    assert (shared["trained_in"], alone["trained_in"]) == ("ilids", "")
     assert shared["images_per_second"] > 0
     for changed in ("trained_in", "seconds", "images_per_second"):
         del shared[changed], alone[changed]
     assert shared == alone
-    folders = [tmp_path / "grid", tmp_path / "alone"]
-    assert read_checkpoint(folders[0] / "checkpoint.pt").config == grid
-    rows = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    assert read_checkpoint(tmp_path / "shared" / "checkpoint.pt").config == config
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("shared", "alone")]
     assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
-    assert len(list((tmp_path / "grid").glob("wandb/offline-run-*"))) == 1
+    assert len(list((tmp_path / "shared").glob("wandb/offline-run-*"))) == 1
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"bank_momentum": 0.5}, {"selection": "oracle"}])
-def test_another_training_is_never_taken_over(change: dict[str, Any], standin_tiny: Path, tmp_path: Path) -> None:
-    run_unit(quick(protocol="protocol1", target="prid", epochs=1, **change), tmp_path / "prid", data_root=standin_tiny)
-    config = quick(
-        protocol="protocol1", target="grid", epochs=1, **{k: v for k, v in change.items() if k == "selection"}
-    )
-    result = run_unit(config, tmp_path / "grid", data_root=standin_tiny, siblings=[tmp_path / "prid"])
-    assert result["trained_in"] == ""
-    unfinished = tmp_path / "prid" / "result.json"
-    unfinished.unlink()
-    again = run_unit(config, tmp_path / "again", data_root=standin_tiny, siblings=[tmp_path / "prid"])
-    assert again["mAP"] == result["mAP"]
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"bank_momentum": 0.5}, {"selection": "oracle"}, {"epochs": 2}, {"protocol": "protocol3"}]
+)
+def test_another_training_is_never_taken_over(
+    change: dict[str, Any], ilids: Path, standin_tiny: Path, tmp_path: Path
+) -> None:
+    config = of_protocol1("market1501" if "protocol" in change else "prid").replace(**change)
+    task = build_task(config.protocol, config.target, standin_tiny, validation_fraction=config.validation_fraction)
+    run = RunFolder(tmp_path / "run", config, config.unit_hash(task.data_hash))
+    _take_over(run, config, task, [ilids])
+    assert not (run.path / "checkpoint.pt").exists()
+
+
+def test_an_unfinished_or_damaged_training_is_not_taken_over(
+    ilids: Path, standin_tiny: Path, tmp_path: Path, capsys: Any
+) -> None:
+    config = of_protocol1("prid")
+    task = build_task("protocol1", "prid", standin_tiny, validation_fraction=config.validation_fraction)
+    run = RunFolder(tmp_path / "run", config, config.unit_hash(task.data_hash))
+    sibling = tmp_path / "ilids"
+    shutil.copytree(ilids, sibling)
+    (sibling / "result.json").rename(tmp_path / "result.json")
+    _take_over(run, config, task, [sibling])
+    (tmp_path / "result.json").rename(sibling / "result.json")
+    os.truncate(sibling / "checkpoint.pt", 1000)
+    _take_over(run, config, task, [sibling])
+    assert "it may be truncated; training again" in capsys.readouterr().err
+    assert not (run.path / "checkpoint.pt").exists()
+    _take_over(run, config, task, [sibling, ilids])
+    assert (run.path / "checkpoint.pt").exists()
 
 
 def test_killed_after_its_last_step_a_unit_says_nothing_twice(
