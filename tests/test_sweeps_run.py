@@ -22,6 +22,15 @@ def command(tmp_path: Path, standin_tiny: Path) -> Command:
     return Command(tmp_path, standin_tiny)
 
 
+def test_a_trial_of_protocol_1_trains_once(tmp_path: Path, standin_tiny: Path) -> None:
+    spec = {"protocol": "protocol1", "targets": ["ilids", "prid"]}
+    command = Command(tmp_path, standin_tiny, spec=spec, search={"trials": 1}, base={"inference": "expert"})
+    assert command.run() == 0, command.output
+    prid = json.loads((command.study / "trial-0000/prid-s0/result.json").read_text())
+    assert (prid["trained_in"], prid["num_splits"]) == ("ilids-s0", 10)
+    assert "over the 10 test splits of a target" in command.output
+
+
 def test_killed_in_its_second_trial_a_study_goes_on_with_the_same_command(tmp_path: Path, standin_tiny: Path) -> None:
     command = Command(tmp_path, standin_tiny, spec={"confirm": {"top": 1, "seeds": 1}})
     coordinator = command.start()
