@@ -54,11 +54,16 @@ class Attempt:
     def score(self) -> float:
         """Run what is not finished. Returns the mean of the units' selection scores. Raises PrunedError."""
         for index, target in enumerate(self.spec.targets):
-            config = self.spec.config(target, self.job.seed, self.job.changes).replace(threads=self.assignment.threads)
+            config = self._config(target)
             recorded = self._recorded(target, config) or self._run(index, target, config)
             self._scores[target] = float(recorded["score"])
             self._judge((index + 1) * config.epochs, self._scores)
         return statistics.fmean(self._scores.values())
+
+    def _config(self, target: str) -> Config:
+        """The unit's settings in this process, whose slot has a number of threads and sees one device only."""
+        config = self.spec.config(target, self.job.seed, self.job.changes)
+        return config.replace(threads=self.assignment.threads, device=config.device.partition(":")[0])
 
     def _unit(self, target: str, config: Config) -> str:
         return config.unit_hash(self.assignment.data_hash[target])

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
+from lda.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -51,9 +53,16 @@ def plan_slots(workers: int | None, threads: int, device: str) -> list[Slot]:
     """The slots of `workers` workers: by default one per GPU, else as many as `threads` each leave cores for.
 
     `threads` 0 means one on a CPU, and an equal share of the cores beside a GPU. `device` is the setting of the study's
-    units: "cpu" leaves the GPUs alone, and "cuda:N" picks one.
+    units: "cpu" leaves the GPUs alone, and "cuda:N" picks one; its worker sees that one alone, as "cuda".
+
+    Raises UsageError for a GPU that is not there.
     """
     found = [] if device == "cpu" else gpus()
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and (not found or (number and not (number.isdigit() and int(number) < len(found)))):
+        raise UsageError(f"device: {device!r} is not there; this machine has {len(found)} CUDA device(s)")
+    if number:
+        found = [found[int(number)]]
     if found:
         count = workers or len(found)
         share = threads or max(1, cores() // count)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lda.errors import UsageError
 from sweeps import devices
 from sweeps.assignment import Assignment
 from sweeps.devices import Slot, plan_slots
@@ -31,6 +32,19 @@ def test_gpu_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [slot.gpu for slot in plan_slots(2, 0, "cpu")] == ["", ""]
     assert Slot(0, "5", 8).environment["CUDA_VISIBLE_DEVICES"] == "5"
     assert Slot(0, "5", 8).environment["OMP_NUM_THREADS"] == "8"
+
+
+def test_one_gpu_can_be_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setattr(devices, "cores", lambda: 16)
+    assert plan_slots(None, 0, "cuda") == plan_slots(None, 0, "auto")
+    assert plan_slots(None, 0, "cuda:1") == [Slot(0, "5", 16)]
+    for missing in ("cuda:2", "cuda:x"):
+        with pytest.raises(UsageError, match=rf"device: '{missing}' is not there; this machine has 2 CUDA"):
+            plan_slots(None, 0, missing)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UsageError, match=r"device: 'cuda' is not there; this machine has 0 CUDA device\(s\)"):
+        plan_slots(None, 0, "cuda")
 
 
 def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
