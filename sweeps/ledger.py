@@ -176,13 +176,14 @@ class Ledger:
     def _surplus(self, number: int) -> bool:
         """Whether two workers asked at the same moment for the last place, or a duplicate was drawn.
 
-        All see the same numbers, so exactly the later ones step back.
+        All see the same numbers, so exactly the later ones step back. Further attempts of a configuration never do: it
+        was begun, and is brought to an end also when the budget was lowered meanwhile.
         """
         known = self.entries()
         mine = next((entry for entry in known if any(attempt.number == number for attempt in entry.attempts)), None)
         if mine is None:
             return True
-        proposed = "key" not in mine.attempts[0].user_attrs
+        proposed = number == mine.number and "key" not in mine.attempts[0].user_attrs
         return proposed and sum(entry.number < mine.number for entry in known) >= self.budget.trials
 
     def release(self, number: int, kind: Kind, reason: str) -> None:

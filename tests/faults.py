@@ -358,17 +358,19 @@ def wandb_killed(arena: Arena) -> Play:
 
 
 def random_kills(arena: Arena, count: int, seed: int) -> Play:
-    """Kills drawn from a seed: a worker, the coordinator, or everything; whatever ends the command starts it again."""
+    """Kills drawn from a seed: a worker, the coordinator, or everything; whatever ends the command starts it again.
+
+    The study has more trials than time until the last kill; then it ends with those it has begun.
+    """
     draw = random.Random(seed)
-    command = arena.command(search={"trials": max(4, count // 3)})
+    command = arena.command(search={"trials": 100 * count})
     process = command.start("--workers", "2")
     killed = 0
     while killed < count:
         time.sleep(draw.uniform(0.5, 12.0))
+        assert process.poll() is None, command.output
         victim = draw.choice(["worker", "worker", "coordinator", "everything"])
         workers = command.workers()
-        if process.poll() is not None:
-            break
         if victim == "everything":
             command.kill_everything(process)
         elif victim == "coordinator":
@@ -381,7 +383,9 @@ def random_kills(arena: Arena, count: int, seed: int) -> Play:
         killed += 1
         if process.poll() is not None:
             process = command.start("--workers", "2")
-    return killed, [command], process.wait(1200)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, command.output
+    return killed, [command], command.run("--workers", "2", "--trials", "1")
 
 
 # --- what the faults need --------------------------------------------------------------------------------------------
@@ -512,9 +516,9 @@ by the commands a user would type. Regenerate, as root on Linux with PostgreSQL 
 
 Injected: how often the fault struck. Lost: finished units whose result vanished. Run twice: finished units whose result
 was written again, or whose metrics hold a step twice. Left RUNNING: trials in the storage after the end. Given up:
-configurations that failed for good, each with its reason; the two rows with a 1 inject a configuration that cannot
-succeed. Retries: attempts beyond the first. A fault of a machine costs no finished unit, and one of a configuration
-stops that configuration alone.
+configurations that failed for good, each with its reason: a unit that raises and a loss that is NaN are configurations
+that cannot succeed, and random kills may strike the workers of one configuration three times. Retries: attempts beyond
+the first.
 
 {table}
 Run on {date}, commit {commit}, {cores} CPU cores, optuna {optuna}, torch {torch}; the random kills draw their times and

@@ -64,6 +64,22 @@ def test_a_lost_attempt_comes_back_first_with_its_parameters_and_finished_units(
     assert len(work.entries()) == 1  # one configuration, however many attempts
 
 
+def test_what_was_begun_is_brought_to_an_end_under_a_lower_budget(url: str) -> None:
+    """Retries of a proposed trial beyond the new budget were handed back and enqueued again, for ever."""
+    work = ledger(url, trials=3)
+    begun = [work.ask(SPACE, "dead") for _ in range(3)]
+    assert all(begun)
+    assert len(work.release_worker("dead", "lost", "gone")) == 3
+    lowered = ledger(url, trials=1)
+    lowered.requeue()
+    for _ in range(3):
+        trial = lowered.ask(SPACE, "alive")
+        assert trial is not None
+        lowered.study.tell(trial, 0.5)
+    assert lowered.finished()
+    assert lowered.requeue() == []
+
+
 @pytest.mark.parametrize(("kind", "attempts"), [("error", 3), ("lost", 3), ("final", 1), ("interrupted", 6)])
 def test_retries_are_counted_by_kind(url: str, kind: Any, attempts: int) -> None:
     work = ledger(url, trials=1)
