@@ -29,6 +29,7 @@ from sweeps.ledger import Budget, Entry, device_seconds, fault
 from sweeps.spec import StudySpec
 
 _STATUS_EVERY = 60.0
+_PIPED_WIDTH = 140  # no terminal says how wide it is: names in the table stay whole
 _LAST_EVENTS = 5
 
 
@@ -299,4 +300,5 @@ class Display:
 
 def print_status(now: Snapshot, grace_seconds: float) -> None:
     """`--status`: the view once, in colours on a terminal."""
-    Console(soft_wrap=not sys.stdout.isatty()).print(live_view(now, grace_seconds))
+    terminal = sys.stdout.isatty()
+    Console(soft_wrap=not terminal, width=None if terminal else _PIPED_WIDTH).print(live_view(now, grace_seconds))

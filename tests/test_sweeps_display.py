@@ -19,7 +19,17 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from lda.runs import write_json
-from sweeps.display import Display, EventLines, Snapshot, duration, live_view, snapshot, standing, status_line
+from sweeps.display import (
+    Display,
+    EventLines,
+    Snapshot,
+    duration,
+    live_view,
+    print_status,
+    snapshot,
+    standing,
+    status_line,
+)
 from sweeps.folders import StudyFolder
 from sweeps.jobs import enqueue_first_points
 from sweeps.ledger import UNIT, Budget, Ledger
@@ -173,3 +183,14 @@ def test_pruned_trials_are_never_the_best(spec: StudySpec, tmp_path: Path) -> No
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_status_in_a_pipe_keeps_names_whole(
+    spec: StudySpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = look(spec, tmp_path)
+    print_status(now, 60)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("w-busy")]
+    assert "trial-0003" in row
+    assert "Market-1501" in row or "MSMT17" in row or "CUHK03" in row
+    assert "…" not in row
