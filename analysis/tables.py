@@ -119,12 +119,14 @@ def _gain_grid(study: Study, table: pd.DataFrame) -> Grid:
             rows.append([f"{label}, {name}", *(_gain(row, f"{metric}_gain") for _, row in group.iterrows())])
     seeds = int(table["seeds"].max())
     interval = " [95% bootstrap interval]" if seeds > 1 else ""
-    few = f"An interval from {seeds} seeds is hardly more than their range: too few to call a gain certain"
+    notes = ["Equal steps, not equal compute: a step of LDA is two passes through the network, one of the baseline one"]
+    if 1 < seeds < _FEW_SEEDS:
+        notes.append(f"An interval from {seeds} seeds is hardly more than their range: too few to call a gain certain")
     return Grid(
         f"Points above the baseline, paired by seed{interval}",
         [("", name) for name in _names(study)],
         rows,
-        [few] if 1 < seeds < _FEW_SEEDS else [],
+        notes,
     )
 
 
