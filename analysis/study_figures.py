@@ -59,6 +59,7 @@ def draw_history(axes: Axes, table: pd.DataFrame) -> Axes:
         axes.plot(early["number"], [floor] * len(early), linestyle="", label="pruned or failed", **_ENDED)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="trial", ylabel="selection score, %")
+    axes.set_xlim(table["number"].min() - 0.5, table["number"].max() + 0.5)  # one trial alone has whole ticks too
     return axes
 
 
