@@ -98,9 +98,11 @@ class RunFolder:
 
         `last`: the step is the run's last one, whose validation is made again too.
         """
-        kept = [row for row in self.rows() if row["step"] < step or (row["step"] == step and (not last or "lr" in row))]
-        if kept or (self.path / "metrics.jsonl").exists():
-            self.replace_rows(kept)
+        if (self.path / "metrics.jsonl").exists():
+            rows = self.rows()
+            self.replace_rows(
+                [row for row in rows if row["step"] < step or (row["step"] == step and (not last or "lr" in row))]
+            )
 
     def replace_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Make metrics.jsonl say this."""

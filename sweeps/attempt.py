@@ -15,6 +15,7 @@ from typing import Any
 from optuna.trial import Trial
 
 from lda.config import Config
+from lda.protocols import get_protocol
 from lda.tracking import RunLabels
 from lda.trainer import Progress, TrainingError, run_unit
 from sweeps.assignment import Assignment
@@ -112,7 +113,7 @@ class Attempt:
                     data_root=Path(self.assignment.data_root),
                     labels=self._labels(target),
                     on_progress=on_progress,
-                    siblings=[folder.with_name(unit_name(other, config.seed)) for other in self.spec.targets],
+                    siblings=self._siblings(folder, target),
                 )
             except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
                 if isinstance(error, TrainingError) or not _disk_full(folder):
@@ -122,6 +123,12 @@ class Attempt:
                 full = True
                 time.sleep(_FULL_DISK_SECONDS)
                 self.check()
+
+    def _siblings(self, folder: Path, target: str) -> list[Path]:
+        """Units of this trial that train on the same sources, which Protocol-1's targets share."""
+        sources = get_protocol(self.spec.protocol).sources
+        others = [other for other in self.spec.targets if other != target and sources(other) == sources(target)]
+        return [folder.with_name(unit_name(other, self.job.seed)) for other in others]
 
     def _judge(self, step: int, scores: Mapping[str, float]) -> None:
         """Report where the trial stands; confirmations are never judged."""

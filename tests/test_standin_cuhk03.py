@@ -76,7 +76,7 @@ def test_it_is_read_as_torchreid_does(release: Path) -> None:
 
 
 def test_the_classic_protocol_is_evaluated(release: Path) -> None:
-    """All twenty splits of an untrained network: CMC on single gallery images lies above that on the whole gallery."""
+    """All twenty splits of an untrained network: the rule changes the CMC of every one and no mAP."""
     splits = evaluation_splits("cuhk03", release, cuhk03_protocol="classic")
     assert len(splits) == 20
     config = preset("standin", method="baseline", threads=1)

@@ -66,7 +66,6 @@ def read(survey: Survey, boxes: str = "labeled") -> ReidDataset | None:
     `boxes`: "labeled" or "detected". Only the files of the chosen boxes are needed.
     """
     protocol, splits = f"cuhk03_new_protocol_config_{boxes}.mat", f"splits_new_{boxes}.json"
-    places = _PLACES
     folders = Layout(
         name="folders",
         folders=tuple(f"{name}/{boxes}" for name in ("cuhk03-np", "cuhk03_np", "cuhknp", "cuhk03")),
@@ -74,11 +73,9 @@ def read(survey: Survey, boxes: str = "labeled") -> ReidDataset | None:
         grammar=_FOLDER_NAME,
         images="bounding_box_train",
     )
-    with_json = Layout("images", places, (f"images_{boxes}", splits))
-    with_mat = Layout("images", places, (f"images_{boxes}", protocol))
-    raw = Layout("raw", places, ("cuhk03_release/cuhk-03.mat", protocol))
-    raw_together = Layout("raw", tuple(f"{name}/cuhk03_release" for name in places), ("cuhk-03.mat", protocol))
-    found = survey.locate(folders, with_mat, with_json, raw, raw_together)
+    with_json = Layout("images", _PLACES, (f"images_{boxes}", splits))
+    with_mat = Layout("images", _PLACES, (f"images_{boxes}", protocol))
+    found = survey.locate(folders, with_mat, with_json, *_raw_layouts(protocol))
     if found is None:
         return None
     if found.layout is folders:
@@ -103,9 +100,7 @@ def read_classic(survey: Survey, boxes: str = "labeled") -> ReidDataset | None:
     """Read the classic protocol's 20 splits; as `read`. `train` holds the training persons of the first split."""
     json_name = f"splits_classic_{boxes}.json"
     with_json = Layout("images", _PLACES, (f"images_{boxes}", json_name))
-    raw = Layout("raw", _PLACES, ("cuhk03_release/cuhk-03.mat",))
-    raw_together = Layout("raw", tuple(f"{name}/cuhk03_release" for name in _PLACES), ("cuhk-03.mat",))
-    found = survey.locate(raw, raw_together, with_json)
+    found = survey.locate(*_raw_layouts(), with_json)
     if found is None:
         return None
     if found.layout is with_json:
@@ -126,11 +121,18 @@ def read_classic(survey: Survey, boxes: str = "labeled") -> ReidDataset | None:
     return survey.dataset(f"{boxes}, classic", train=train, splits=splits)
 
 
+def _raw_layouts(*files: str) -> tuple[Layout, Layout]:
+    """The release with `files` beside its folder, or in it."""
+    beside = Layout("raw", _PLACES, ("cuhk03_release/cuhk-03.mat", *files))
+    inside = Layout("raw", tuple(f"{name}/cuhk03_release" for name in _PLACES), ("cuhk-03.mat", *files))
+    return beside, inside
+
+
 def _json_tests(path: Path) -> list[set[int]]:
     """Test persons of every split of torchreid's classic split file."""
     try:
         return [
-            {_pid(str(item[0]).replace("\\", "/").rpartition("/")[2]) for item in split["query"]}
+            {_pid(_base_name(item)) for item in split["query"]}
             for split in json.loads(path.read_text(encoding="utf-8"))
         ]
     except (ValueError, LookupError, TypeError) as error:
@@ -141,7 +143,7 @@ def _mat_tests(mat: Path) -> list[set[int]]:
     """Test persons of every split of cuhk-03.mat: `testsets` refers to 2 x K tables of (pair, person), both from 1."""
     with _opened(mat) as file:
         tables = [np.asarray(file[reference]).astype(int) for reference in np.ravel(file["testsets"])]
-    return [{pair * 1000 + person for pair, person in table.T.tolist()} for table in tables]
+    return [{_number(pair, person) for pair, person in table.T.tolist()} for table in tables]
 
 
 def _listed(survey: Survey, images: Path, lists: _Lists) -> dict[str, list[ImageRecord]]:
@@ -167,18 +169,25 @@ def _json_lists(path: Path) -> _Lists:
     """torchreid's split file. Its paths are absolute and may be stale, its training ids are relabelled: names count."""
     try:
         split = json.loads(path.read_text(encoding="utf-8"))[0]
-        names = {
-            part: [str(item[0]).replace("\\", "/").rpartition("/")[2] for item in split[part]]
-            for part in ("train", "query", "gallery")
-        }
+        names = {part: [_base_name(item) for item in split[part]] for part in ("train", "query", "gallery")}
     except (ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{path}: not a CUHK03 split file ({type(error).__name__}: {error}); delete it") from None
     return {part: [(name, _pid(name)) for name in listed] for part, listed in names.items()}
 
 
+def _base_name(item: list[Any]) -> str:
+    """Of an entry [path, pid, camid] of torchreid's split files, whose paths may be another system's."""
+    return str(item[0]).replace("\\", "/").rpartition("/")[2]
+
+
 def _pid(name: str) -> int:
     match = _IMAGE_NAME.match(name)
-    return int(match["pair"]) * 1000 + int(match["person"]) if match else 0
+    return _number(int(match["pair"]), int(match["person"])) if match else 0
+
+
+def _number(pair: int, person: int) -> int:
+    """A person's number, from the camera pair and the place in its table."""
+    return pair * 1000 + person
 
 
 def _protocol_lists(path: Path) -> _Lists:
