@@ -21,12 +21,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from analysis.banks import STATISTICS, Bank, channel_curves, choose_layers, closest_pairs, domain_distances, read_bank
-from analysis.command import exit_code
-from analysis.figures import colour, marker, new_figure, save, style
-from analysis.records import Study, load_study, print_name, read_json
+from analysis.bank_numbers import (
+    STATISTICS,
+    Bank,
+    channel_curves,
+    choose_layers,
+    closest_pairs,
+    domain_distances,
+    read_bank,
+)
+from analysis.house_style import colour, marker, new_figure, save, style
+from analysis.study import Study, load_study, print_name
+from lda.command import exit_code
 from lda.errors import UsageError, unknown
-from lda.runs import atomic
+from lda.files import atomic, read_json
 
 BANK_FILE = "buffer_bank.npz"
 

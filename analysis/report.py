@@ -22,15 +22,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import buffer_bank, study_figures
-from analysis.banks import choose_layers, closest_pairs, domain_distances
-from analysis.command import exit_code
-from analysis.figures import as_png, save
-from analysis.grids import as_html
-from analysis.records import PARAMETER, Study, load_study, print_name
-from analysis.results import protocol_table
+from analysis.bank_numbers import choose_layers, closest_pairs, domain_distances
+from analysis.comparison import protocol_table
+from analysis.house_style import as_png, save
+from analysis.study import PARAMETER, Study, load_study, print_name
 from analysis.tables import conditions, data_line, render, study_grids
+from analysis.text_tables import as_html
+from lda.command import exit_code
 from lda.errors import UsageError
-from lda.runs import atomic
+from lda.files import atomic
 
 TABLES = {"table.md": "markdown", "table.csv": "csv", "table.tex": "latex"}
 """Files of the protocol table -> format."""

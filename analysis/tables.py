@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.command import exit_code
-from analysis.grids import Grid, as_latex, as_markdown, as_text
-from analysis.records import Study, load_study, print_name
-from analysis.results import AVERAGE, CONDITIONS, METRICS, protocol_table, published_table
+from analysis.comparison import AVERAGE, CONDITIONS, METRICS, protocol_table, published_table
+from analysis.study import Study, load_study, print_name
+from analysis.text_tables import Grid, as_latex, as_markdown, as_text
+from lda.command import exit_code
 from lda.errors import UsageError
-from lda.runs import atomic
+from lda.files import atomic
 
 FORMATS = ("text", "markdown", "latex", "csv")
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lda.files import atomic
 from lda.normalisation import BufferBank
-from lda.runs import atomic
 
 _CELL = (6, 4)  # pixels of one (domain, channel) cell: height, width
 _WIDTH = 1024

@@ -10,8 +10,8 @@ import torch
 
 from lda.config import Config, from_mapping
 from lda.errors import UsageError
+from lda.files import atomic
 from lda.method import Method, build_method
-from lda.runs import atomic
 
 _FORMAT = 1
 

@@ -21,7 +21,8 @@ from lda.config import Config, parse_overrides
 from lda.data.cache import cache_dir
 from lda.data.packed import pack
 from lda.data.sources import EvaluationSet, evaluation_splits
-from lda.data.standin import MARKER, ensure_standin
+from lda.data.standin.tree import ensure_standin
+from lda.data.survey import MARKER
 from lda.data.transforms import normalise
 from lda.device import choose_device, forward_context
 from lda.errors import UsageError

@@ -19,13 +19,14 @@ from lda.data.batches import Batch, IdentityBatches, batch_loader
 from lda.data.cache import cache_dir
 from lda.data.packed import pack
 from lda.data.sources import Task, build_task
-from lda.data.standin import ensure_standin
+from lda.data.standin.tree import ensure_standin
 from lda.data.transforms import Augment
 from lda.device import choose_device, forward_context
 from lda.errors import UsageError
 from lda.evaluate import Evaluator, chosen_splits, metrics
+from lda.files import write_json
 from lda.method import LDA, Losses, Method, build_method
-from lda.runs import RunFolder, environment, read_metrics, write_json
+from lda.runs import RunFolder, environment, read_metrics
 from lda.tracking import RunLabels, Tracker
 
 _REMEDY = "try a lower learning_rate or a longer warmup_epochs"

@@ -24,18 +24,19 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import DBAPIError
 
 from lda.errors import UsageError
-from lda.runs import environment, write_json
-from sweeps.assignment import Assignment
-from sweeps.data import Data
-from sweeps.devices import Slot
-from sweeps.display import Display, Snapshot, snapshot
-from sweeps.folders import StudyFolder, read_json
-from sweeps.jobs import confirm_study, enqueue_confirmation, enqueue_first_points, entry_job
-from sweeps.ledger import Budget, Entry, Kind, Ledger, entries
-from sweeps.mirror import Mirror
-from sweeps.pool import WorkerPool
-from sweeps.spec import StudySpec, differences, from_dict, same_study, to_dict
-from sweeps.storage import create_or_load, masked, open_storage
+from lda.files import read_json, write_json
+from lda.runs import environment
+from sweeps.crew.assignment import Assignment
+from sweeps.crew.processes import WorkerPool
+from sweeps.crew.slots import Slot
+from sweeps.list.jobs import confirm_study, enqueue_confirmation, enqueue_first_points, entry_job
+from sweeps.list.ledger import Budget, Entry, Kind, Ledger, entries
+from sweeps.list.storage import create_or_load, masked, open_storage
+from sweeps.plan.images import Data
+from sweeps.plan.spec import StudySpec, differences, from_dict, same_study, to_dict
+from sweeps.study_folder import StudyFolder
+from sweeps.views.display import Display, Snapshot, snapshot
+from sweeps.views.trial_files import Mirror
 
 _POLL_SECONDS = 0.25
 _UPKEEP_SECONDS = 1.0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 
-from analysis.records import load_study
-from analysis.results import protocol_table
+from analysis.comparison import protocol_table
+from analysis.study import load_study
 from lda.tracking import RunLabels, Tracker
-from sweeps.folders import StudyFolder
-from sweeps.spec import StudySpec, to_dict
+from sweeps.plan.spec import StudySpec, to_dict
+from sweeps.study_folder import StudyFolder
 
 
 def log_study(study: str, spec: StudySpec, folder: StudyFolder, kind: str) -> None:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from lda.config import parse_overrides
 from lda.errors import UsageError
 from lda.protocols import DATASETS, get_protocol
-from sweeps.data import is_standin
-from sweeps.spec import StudySpec, load, resolve, study_file, study_names
-from sweeps.storage import VARIABLE, has_password, masked, storage_url
+from sweeps.list.storage import VARIABLE, has_password, masked, storage_url
+from sweeps.plan.images import is_standin
+from sweeps.plan.spec import StudySpec, load, resolve, study_file, study_names
 
 if TYPE_CHECKING:
     from sweeps.coordinator import Plan
@@ -159,8 +159,8 @@ def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> Stud
 
 def _status(name: str, url: str, folder: Path) -> None:
     from sweeps.coordinator import running_study
-    from sweeps.display import print_status, snapshot
-    from sweeps.folders import StudyFolder
+    from sweeps.study_folder import StudyFolder
+    from sweeps.views.display import print_status, snapshot
 
     spec, budget, search, confirm = running_study(name, url, folder)
     print_status(snapshot(name, spec, StudyFolder(folder), budget, search, confirm), spec.grace_seconds)
@@ -207,11 +207,11 @@ def _coordinate(
     given: argparse.Namespace, name: str, spec: StudySpec, folder: Path, url: str, arguments: Sequence[str]
 ) -> int:
     from sweeps.coordinator import Coordinator, Plan, report
-    from sweeps.data import prepare_data
-    from sweeps.devices import plan_slots
-    from sweeps.display import status_line
-    from sweeps.folders import StudyFolder
-    from sweeps.pool import StudyError
+    from sweeps.crew.processes import StudyError
+    from sweeps.crew.slots import plan_slots
+    from sweeps.plan.images import prepare_data
+    from sweeps.study_folder import StudyFolder
+    from sweeps.views.display import status_line
 
     config = spec.config(spec.targets[0], spec.seed, {})
     plan = Plan(

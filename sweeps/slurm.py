@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lda.errors import UsageError
+from sweeps.list.storage import VARIABLE, has_password
 from sweeps.run import parser as run_parser
-from sweeps.storage import VARIABLE, has_password
 
 
 def parser() -> argparse.ArgumentParser:

@@ -32,10 +32,10 @@ from optuna.trial import TrialState
 from postgres import Server, binaries
 from studies import Command, children_of, log_of, wait_for
 
+from lda.files import read_json
 from lda.runs import environment
-from sweeps.folders import read_json
-from sweeps.ledger import Entry, entries, fault
-from sweeps.storage import open_storage, storage_url
+from sweeps.list.ledger import Entry, entries, fault
+from sweeps.list.storage import open_storage, storage_url
 
 STEPS = 40
 RETRIES = 2
@@ -551,7 +551,7 @@ def main() -> None:
     outcomes, skipped = [], {}
     with tempfile.TemporaryDirectory(prefix="lda-faults-") as scratch:
         os.environ["LDA_CACHE_DIR"] = str(Path(scratch) / "cache")
-        from lda.data.standin import generate
+        from lda.data.standin.tree import generate
 
         generate(Path(scratch) / "standin", "tiny", processes=1)
         for index, (name, play) in enumerate(plays.items()):

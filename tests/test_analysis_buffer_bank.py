@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from study_files import LAYERS, write_bank, write_study, write_trial, write_unit
 
 from analysis import buffer_bank
-from analysis.banks import (
+from analysis.bank_numbers import (
     Bank,
     channel_curves,
     choose_layers,
@@ -27,7 +27,7 @@ from analysis.banks import (
     read_bank,
 )
 from analysis.buffer_bank import bank_figure, distance_figure, draw_curves, draw_distances, open_source
-from analysis.figures import new_figure, save
+from analysis.house_style import new_figure, save
 from lda.errors import UsageError
 
 ROOT = Path(__file__).parent.parent

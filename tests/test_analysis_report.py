@@ -22,8 +22,8 @@ from matplotlib.colors import to_rgb
 from study_files import write_json, write_study, write_trial, write_unit
 
 from analysis import report
-from analysis.figures import new_figure
-from analysis.records import Study, load_study
+from analysis.house_style import new_figure
+from analysis.study import Study, load_study
 from analysis.study_figures import (
     draw_history,
     draw_parameter,

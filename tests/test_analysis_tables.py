@@ -15,9 +15,9 @@ import pytest
 from study_files import write_study, write_trial, write_unit
 
 from analysis import tables
-from analysis.grids import Grid, as_latex, as_markdown, as_text
-from analysis.results import PUBLISHED, bootstrap_interval, protocol_table, published_table
+from analysis.comparison import PUBLISHED, bootstrap_interval, protocol_table, published_table
 from analysis.tables import render
+from analysis.text_tables import Grid, as_latex, as_markdown, as_text
 from lda.errors import UsageError
 from lda.protocols import DATASETS, PROTOCOLS
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from postgres import free_port
 
-from sweeps.jobs import enqueue_first_points
-from sweeps.ledger import Budget, Ledger
-from sweeps.space import distributions
-from sweeps.spec import load, resolve, study_file
-from sweeps.storage import create_or_load, open_storage, storage_url
+from sweeps.list.jobs import enqueue_first_points
+from sweeps.list.ledger import Budget, Ledger
+from sweeps.list.storage import create_or_load, open_storage, storage_url
+from sweeps.plan.space import distributions
+from sweeps.plan.spec import load, resolve, study_file
 
 pytest.importorskip("optuna_dashboard", reason="the browser view needs optuna-dashboard, install lda-reid[dashboard]")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -62,7 +62,7 @@ def test_worker_processes_give_the_same_bytes(tmp_path: Path, monkeypatch: pytes
 
 
 def test_worker_processes_do_not_load_torch() -> None:
-    code = "import sys, lda.data.decode, lda.data.pool; sys.exit('torch' in sys.modules)"
+    code = "import sys, lda.data.decode, lda.data.processes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

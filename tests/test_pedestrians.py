@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lda.data.pedestrians import Crop, Garment, Person, Pose, blend, draw_person, shade
+from lda.data.standin.pedestrians import Crop, Garment, Person, Pose, blend, draw_person, shade
 
 BACKGROUND = (250, 0, 250)
 CROP = Crop(128, 256, -0.26, -0.03, 0.26, 1.03, 0.0, 0.5)

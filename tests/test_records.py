@@ -11,7 +11,7 @@ import pytest
 import trees
 
 from lda.data import ImageRecord, load_dataset
-from lda.data.tree import Count, Grammar, Severity, Survey, child, is_clutter
+from lda.data.survey import Count, Grammar, Severity, Survey, child, is_clutter
 from lda.errors import UsageError
 
 

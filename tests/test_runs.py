@@ -17,8 +17,9 @@ import torch
 from lda.bank_files import draw_banks, tabulate_banks, write_banks
 from lda.config import preset
 from lda.errors import UsageError
+from lda.files import atomic, write_json
 from lda.normalisation import BufferBank
-from lda.runs import RunFolder, atomic, environment, read_metrics, write_json
+from lda.runs import RunFolder, environment, read_metrics
 
 
 def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> None:

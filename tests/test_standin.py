@@ -22,12 +22,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lda.data import load_dataset, standin
+from lda.data import load_dataset
 from lda.data.cache import cache_dir
-from lda.data.standin import MARKER, VERSION, contact_sheet, draw_shot, ensure_standin, generate, pixel_digest, plans
-from lda.data.standin_domains import DOMAINS
-from lda.data.standin_layouts import FIRST, LAYOUTS, Plan, Shot, spread
-from lda.data.standin_scenes import Box, camera_of, photograph, stable_rng
+from lda.data.standin import draw, tree
+from lda.data.standin.__main__ import contact_sheet, main
+from lda.data.standin.domains import DOMAINS
+from lda.data.standin.draw import draw_shot, person_of, pixel_digest, plans
+from lda.data.standin.layouts import FIRST, LAYOUTS, Plan, Shot, spread
+from lda.data.standin.scenes import Box, camera_of, photograph, stable_rng
+from lda.data.standin.tree import VERSION, ensure_standin, generate
+from lda.data.survey import MARKER
 from lda.errors import UsageError
 
 Run = Callable[..., subprocess.Popen[str]]
@@ -68,7 +72,7 @@ def full() -> dict[str, Plan]:
     return plans("full", 0, FIRST)
 
 
-def tree(root: Path) -> dict[str, str]:
+def contents(root: Path) -> dict[str, str]:
     """Relative name -> digest of the pixels, or of the bytes of other files."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {
@@ -210,12 +214,13 @@ def test_pixels_are_those_of_this_version() -> None:
 def test_any_number_of_processes_draws_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One, three, and the fixture's as many as there are cores; two sets are enough here."""
     few = ("market1501", "cuhk02")
-    monkeypatch.setattr(standin, "LAYOUTS", {name: LAYOUTS[name] for name in few})
+    for module in (draw, tree):
+        monkeypatch.setattr(module, "LAYOUTS", {name: LAYOUTS[name] for name in few})
     markers = [generate(tmp_path / f"by{n}", "tiny", 0, processes=n) for n in (1, 3)]
     assert markers[0] == markers[1]
-    trees = [tree(tmp_path / f"by{n}") for n in (1, 3)]
+    trees = [contents(tmp_path / f"by{n}") for n in (1, 3)]
     assert trees[0] == trees[1]
-    whole = tree(tiny)
+    whole = contents(tiny)
     assert all(whole[name] == digest for name, digest in trees[0].items() if name != MARKER)
 
 
@@ -224,7 +229,7 @@ def test_the_hash_covers_names_and_pixels(tiny: Path) -> None:
     names = sorted(
         [*(shot.path for plan in planned for shot in plan.shots), *(f for plan in planned for f in plan.files)]
     )
-    digests = tree(tiny)
+    digests = contents(tiny)
     lines = "".join(f"{name} {digests[name]}\n" for name in names)
     assert hashlib.sha256(lines.encode()).hexdigest() == json.loads((tiny / MARKER).read_text())["hash"]
 
@@ -232,8 +237,8 @@ def test_the_hash_covers_names_and_pixels(tiny: Path) -> None:
 def test_another_seed_draws_other_people() -> None:
     shot = plans("tiny", 0)["market1501"].shots[0]
     assert draw_shot("market1501", shot, "tiny", 0) != draw_shot("market1501", shot, "tiny", 1)
-    assert standin.person_of("market1501", 0, 0) != standin.person_of("msmt17", 0, 0)
-    assert standin.person_of("cuhk02", 0, 0) != standin.person_of("cuhk03", 0, 0)
+    assert person_of("market1501", 0, 0) != person_of("msmt17", 0, 0)
+    assert person_of("cuhk02", 0, 0) != person_of("cuhk03", 0, 0)
 
 
 # --- domains ---------------------------------------------------------------------------------------------------------
@@ -260,7 +265,7 @@ def test_labeled_and_detected_boxes_show_one_moment() -> None:
 def test_an_empty_box_shows_the_place_alone() -> None:
     def photo(box: Box, person: int) -> np.ndarray:
         keys = stable_rng(5), stable_rng(6)
-        return photograph("cuhk02", 0, standin.person_of("cuhk02", person, 0), keys[0], box, keys[1], 0.5, 0)
+        return photograph("cuhk02", 0, person_of("cuhk02", person, 0), keys[0], box, keys[1], 0.5, 0)
 
     assert np.array_equal(photo(Box(empty=True), 1), photo(Box(empty=True), 2))
     assert not np.array_equal(photo(Box(), 1), photo(Box(), 2))
@@ -324,9 +329,10 @@ def test_what_is_not_the_wanted_standin_is_refused(tiny: Path, tmp_path: Path) -
 # The command, with two data sets so that it takes a second.
 FEW = """
 import sys
-from lda.data import standin
-standin.LAYOUTS = {name: standin.LAYOUTS[name] for name in ("market1501", "cuhk02")}
-sys.exit(standin.main())
+from lda.data.standin import draw, tree
+from lda.data.standin.__main__ import main
+draw.LAYOUTS = tree.LAYOUTS = {name: tree.LAYOUTS[name] for name in ("market1501", "cuhk02")}
+sys.exit(main())
 """
 
 
@@ -378,7 +384,8 @@ def test_a_killed_generation_leaves_nothing_that_loads_and_is_cleaned_up(
         assert time.monotonic() < deadline
     other = tmp_path / f".tree.tmp-{os.getpid()}-0"
     other.mkdir()  # of a process that runs: stays
-    monkeypatch.setattr(standin, "LAYOUTS", {"cuhk02": LAYOUTS["cuhk02"]})
+    for module in (draw, tree):
+        monkeypatch.setattr(module, "LAYOUTS", {"cuhk02": LAYOUTS["cuhk02"]})
     generate(root, "tiny", 0)
     assert (root / MARKER).is_file()
     assert aside(tmp_path) == [other]
@@ -392,7 +399,7 @@ def test_two_processes_at_once_end_with_one_tree(tiny: Path, tmp_path: Path, run
         assert process.returncode == 0, errors
         assert "2 data sets" in output
     assert aside(tmp_path) == []
-    whole, drawn = tree(tiny), tree(root)
+    whole, drawn = contents(tiny), contents(root)
     del drawn[MARKER]
     assert drawn.items() <= whole.items()
     assert len(drawn) == sum(len(plan.shots) + len(plan.files) for plan in planned.values())
@@ -409,16 +416,16 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path: Path, run: Run) -> No
 
 
 def test_command_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert standin.main(["--output", str(tiny), "--scale", "tiny", "--contact-sheet", str(tmp_path / "a.png")]) == 0
+    assert main(["--output", str(tiny), "--scale", "tiny", "--contact-sheet", str(tmp_path / "a.png")]) == 0
     assert f"stand-in v{VERSION} tiny, seed 0, 9 data sets" in capsys.readouterr().out
     assert (tmp_path / "a.png").is_file()
-    assert standin.main(["--output", str(tiny), "--scale", "tiny", "--seed", "5"]) == 2
+    assert main(["--output", str(tiny), "--scale", "tiny", "--seed", "5"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     nowhere = str(tmp_path / "no" / "sheet.png")
-    assert standin.main(["--output", str(tiny), "--scale", "tiny", "--contact-sheet", nowhere]) == 1
+    assert main(["--output", str(tiny), "--scale", "tiny", "--contact-sheet", nowhere]) == 1
     assert "No such file or directory" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
-        standin.main(["--help"])
+        main(["--help"])
     assert stopped.value.code == 0
     assert "(default: small)" in capsys.readouterr().out
 

@@ -15,8 +15,9 @@ from PIL import Image
 from lda.config import preset
 from lda.data import load_dataset
 from lda.data.sources import build_task, evaluation_splits
-from lda.data.standin import MARKER, main
-from lda.data.standin_cuhk03 import write_release
+from lda.data.standin.__main__ import main
+from lda.data.standin.cuhk03_release import write_release
+from lda.data.survey import MARKER
 from lda.errors import UsageError
 from lda.evaluate import Evaluator
 from lda.method import build_method

@@ -15,9 +15,11 @@ from scipy.io import loadmat
 
 from lda.data import load_dataset
 from lda.data.sources import build_task
-from lda.data.standin import MARKER, draw_shot, generate, pixel_digest, plans
-from lda.data.standin_domains import DOMAINS
-from lda.data.standin_layouts import FIRST, LAYOUTS
+from lda.data.standin.domains import DOMAINS
+from lda.data.standin.draw import draw_shot, pixel_digest, plans
+from lda.data.standin.layouts import FIRST, LAYOUTS
+from lda.data.standin.tree import generate
+from lda.data.survey import MARKER
 from lda.errors import UsageError
 from lda.protocols import SINGLE_SHOT
 from lda.ranking import evaluate_ranking

@@ -18,8 +18,14 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from lda.runs import write_json
-from sweeps.display import (
+from lda.files import write_json
+from sweeps.list.jobs import enqueue_first_points
+from sweeps.list.ledger import UNIT, Budget, Ledger
+from sweeps.list.storage import create_or_load, open_storage, storage_url
+from sweeps.plan.space import distributions
+from sweeps.plan.spec import StudySpec, load, resolve, study_file
+from sweeps.study_folder import StudyFolder
+from sweeps.views.display import (
     Display,
     EventLines,
     Snapshot,
@@ -30,12 +36,6 @@ from sweeps.display import (
     standing,
     status_line,
 )
-from sweeps.folders import StudyFolder
-from sweeps.jobs import enqueue_first_points
-from sweeps.ledger import UNIT, Budget, Ledger
-from sweeps.space import distributions
-from sweeps.spec import StudySpec, load, resolve, study_file
-from sweeps.storage import create_or_load, open_storage, storage_url
 
 
 @pytest.fixture
@@ -128,10 +128,10 @@ def test_a_pipe_gets_plain_lines(spec: StudySpec, tmp_path: Path, capsys: pytest
 _SHOWS = """
 import sys
 from pathlib import Path
-from sweeps.display import Display, snapshot
-from sweeps.folders import StudyFolder
-from sweeps.ledger import Budget
-from sweeps.spec import load, resolve, study_file
+from sweeps.views.display import Display, snapshot
+from sweeps.study_folder import StudyFolder
+from sweeps.list.ledger import Budget
+from sweeps.plan.spec import load, resolve, study_file
 spec, folder = resolve(load(study_file("smoke")), study_file("smoke")), StudyFolder(Path(sys.argv[1]))
 with Display(folder, 60, lambda: snapshot("smoke", spec, folder, Budget(4, 2), [], [])) as display:
     folder.event("one")
@@ -170,7 +170,7 @@ def test_pruned_trials_are_never_the_best(spec: StudySpec, tmp_path: Path) -> No
         trial = study.ask(distributions(spec.search.space))
         trial.report(score, 1)
         study.tell(trial, score if state == TrialState.COMPLETE else None, state=state)
-    from sweeps.ledger import entries
+    from sweeps.list.ledger import entries
 
     now = snapshot("s", spec, StudyFolder(tmp_path), Budget(2, 2), entries(study.get_trials()), [])
     assert (now.complete, now.pruned) == (1, 1)

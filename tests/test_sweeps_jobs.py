@@ -9,13 +9,13 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sweeps.folders import StudyFolder
-from sweeps.jobs import best_entries, confirm_jobs, enqueue_confirmation, enqueue_first_points, search_job
-from sweeps.ledger import Budget, Entry, Ledger
-from sweeps.mirror import Mirror
-from sweeps.space import distributions
-from sweeps.spec import StudySpec, load, resolve, study_file
-from sweeps.storage import create_or_load, open_storage, storage_url
+from sweeps.list.jobs import best_entries, confirm_jobs, enqueue_confirmation, enqueue_first_points, search_job
+from sweeps.list.ledger import Budget, Entry, Ledger
+from sweeps.list.storage import create_or_load, open_storage, storage_url
+from sweeps.plan.space import distributions
+from sweeps.plan.spec import StudySpec, load, resolve, study_file
+from sweeps.study_folder import StudyFolder
+from sweeps.views.trial_files import Mirror
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sweeps.ledger import UNIT, Budget, Ledger, fault
-from sweeps.space import Axis, distributions
-from sweeps.storage import create_or_load, open_storage, storage_url
+from sweeps.list.ledger import UNIT, Budget, Ledger, fault
+from sweeps.list.storage import create_or_load, open_storage, storage_url
+from sweeps.plan.space import Axis, distributions
 
 SPACE = distributions({"bank_momentum": Axis(low=0.5, high=0.99)})
 

@@ -12,7 +12,7 @@ from postgres import PASSWORD, Server
 from studies import Command, no_leftovers, wait_for
 
 from lda.errors import UsageError
-from sweeps.storage import open_storage, storage_url
+from sweeps.list.storage import open_storage, storage_url
 
 pytest.importorskip("psycopg", reason="PostgreSQL needs psycopg, install lda-reid[postgresql]")
 
@@ -29,7 +29,7 @@ def server() -> Iterator[Server]:
 
 _OPEN = """
 import sys
-from sweeps.storage import create_or_load, open_storage
+from sweeps.list.storage import create_or_load, open_storage
 storage = None
 sys.stdin.readline()
 storage = open_storage(sys.argv[1], 1, 3)

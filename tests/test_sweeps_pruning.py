@@ -5,8 +5,8 @@ from __future__ import annotations
 import optuna
 import pytest
 
-from sweeps.pruning import build_pruner, running_mean
-from sweeps.spec import Pruning
+from sweeps.plan.pruning import build_pruner, running_mean
+from sweeps.plan.spec import Pruning
 
 TARGETS = ("cuhk03", "msmt17", "market1501")
 EASY = {"cuhk03": 0.9, "msmt17": 0.2, "market1501": 0.6}

@@ -6,7 +6,7 @@ import optuna
 import pytest
 
 from lda.errors import UsageError
-from sweeps.space import Axis, checked_axis, checked_point, distributions, grid
+from sweeps.plan.space import Axis, checked_axis, checked_point, distributions, grid
 
 SPACE = {
     "bank_momentum": Axis(low=0.5, high=0.99),

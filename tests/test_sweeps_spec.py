@@ -12,7 +12,7 @@ import yaml
 from lda.config import PRESETS, from_mapping
 from lda.errors import UsageError
 from lda.protocols import PROTOCOLS
-from sweeps.spec import (
+from sweeps.plan.spec import (
     STUDIES,
     StudySpec,
     differences,

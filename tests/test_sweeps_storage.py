@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lda.errors import UsageError
-from sweeps.storage import create_or_load, has_password, masked, open_storage, patiently, storage_url, study_names
+from sweeps.list.storage import create_or_load, has_password, masked, open_storage, patiently, storage_url, study_names
 
 
 def test_urls(tmp_path: Path) -> None:
@@ -77,14 +77,14 @@ def test_prepared_once_and_completed_after_a_dead_creator(tmp_path: Path, monkey
 
     with pytest.raises(KilledError):
         create_or_load(storage, "t", dies)
-    monkeypatch.setattr("sweeps.storage._CREATION_SECONDS", 0.3)
+    monkeypatch.setattr("sweeps.list.storage._CREATION_SECONDS", 0.3)
     create_or_load(storage, "t", lambda study: prepared.append(study.study_name))
     assert prepared == ["s", "t"]
 
 
 _OPEN = """
 import sys
-from sweeps.storage import create_or_load, open_storage
+from sweeps.list.storage import create_or_load, open_storage
 storage = open_storage(sys.argv[1], 1, 3)
 sys.stdin.readline()
 create_or_load(storage, "s", lambda study: print("prepared"))

@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sweeps.ledger import Budget, Ledger
-from sweeps.storage import create_or_load, open_storage
+from sweeps.list.ledger import Budget, Ledger
+from sweeps.list.storage import create_or_load, open_storage
 
 TAKE = """
 import sys
 import optuna
-from sweeps.ledger import Budget, Ledger
-from sweeps.storage import open_storage
+from sweeps.list.ledger import Budget, Ledger
+from sweeps.list.storage import open_storage
 storage = open_storage(sys.argv[1], 60, 180)
 ledger = Ledger(storage, optuna.load_study(study_name="s", storage=storage), Budget(0, 2))
 print("ready", flush=True)

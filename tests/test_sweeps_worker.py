@@ -9,11 +9,11 @@ from pathlib import Path
 import optuna
 import pytest
 
-from lda.runs import write_json
-from sweeps.folders import StudyFolder, WorkerSign
-from sweeps.space import distributions
-from sweeps.spec import load, resolve, study_file
-from sweeps.worker import build_sampler
+from lda.files import write_json
+from sweeps.crew.worker import build_sampler
+from sweeps.plan.space import distributions
+from sweeps.plan.spec import load, resolve, study_file
+from sweeps.study_folder import StudyFolder, WorkerSign
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
@@ -33,7 +33,7 @@ def test_workers_open_with_different_proposals(sampler: str, tmp_path: Path) -> 
 
 _BEATS = """
 import sys, threading, time
-from sweeps.heartbeat import Heartbeat
+from sweeps.crew.heartbeat import Heartbeat
 count = 0
 def beat():
     global count
@@ -57,7 +57,7 @@ def test_a_worker_whose_heartbeat_hangs_ends_itself() -> None:
 _RAISES = """
 import time
 from optuna.exceptions import StorageInternalError
-from sweeps.heartbeat import Heartbeat
+from sweeps.crew.heartbeat import Heartbeat
 start, late = time.monotonic(), []
 def beat():
     if 0.2 < time.monotonic() - start < 0.8:
@@ -77,7 +77,7 @@ def test_a_short_outage_is_survived() -> None:
 _HOLDS = """
 import sys, time
 from pathlib import Path
-from sweeps.folders import StudyFolder, WorkerSign
+from sweeps.study_folder import StudyFolder, WorkerSign
 sign = WorkerSign(StudyFolder(Path(sys.argv[1])), "w")
 sign.write({"state": "running"})
 print("ready", flush=True)

@@ -10,9 +10,9 @@ import logging
 import warnings
 from pathlib import Path
 
-from lda.data import cuhk02, cuhk03, cuhk_sysu, dukemtmcreid, grid, ilids, market1501, msmt17, prid, viper
 from lda.data.records import ImageRecord, ReidDataset
-from lda.data.tree import Severity, Survey
+from lda.data.sets import cuhk02, cuhk03, cuhk_sysu, dukemtmcreid, grid, ilids, market1501, msmt17, prid, viper
+from lda.data.survey import Severity, Survey
 from lda.errors import UsageError, unknown
 from lda.protocols import DATASETS
 

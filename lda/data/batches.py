@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lda.data.packed import PackedImages
-from lda.data.pool import follow_parent
+from lda.data.processes import follow_parent
 from lda.data.sources import SourceDomain
 from lda.data.transforms import Augment
 from lda.errors import UsageError

@@ -17,7 +17,7 @@ from lda.data import CUHK03_BOXES, LEGACY, survey_dataset
 from lda.data.cache import cache_dir
 from lda.data.packed import verify as verify_packed
 from lda.data.records import ReidDataset
-from lda.data.tree import Finding, Severity, Survey, quoted
+from lda.data.survey import Finding, Severity, Survey, quoted
 from lda.data.verify import SMALL, Check, check_images
 from lda.errors import UsageError, unknown
 from lda.protocols import DATASETS

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from lda.data.cuhk_sysu import PUBLISHED
+from lda.command import progress
 from lda.data.decode import open_rgb
-from lda.data.matlab import load_mat
-from lda.data.pool import cores, map_processes, progress
-from lda.data.tree import child
+from lda.data.processes import cores, map_processes
+from lda.data.sets.cuhk_sysu import PUBLISHED
+from lda.data.sets.matlab import load_mat
+from lda.data.survey import child
 from lda.errors import UsageError
 
 FOLDER = "CUHK-SYSU/cropped_image"

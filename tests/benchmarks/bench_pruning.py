@@ -27,8 +27,8 @@ from typing import Any
 
 import optuna
 
-from sweeps.pruning import build_pruner, running_mean
-from sweeps.spec import Pruning
+from sweeps.plan.pruning import build_pruner, running_mean
+from sweeps.plan.spec import Pruning
 
 RULES = [
     Pruning(rule="percentile", percentile=percentile, startup_trials=startup, warmup_units=warmup)

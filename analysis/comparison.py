@@ -1,0 +1,190 @@
+"""A study's numbers: the means, spreads and gains that its tables show, and the poster's rows beside them.
+
+Once the search was confirmed on fresh seeds, only the fresh runs count: the search's own scores are what it chose by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analysis.study import Study, load_study
+from lda.errors import UsageError
+
+METRICS = {"mAP": "mAP", "rank1": "Rank-1"}
+"""Metric -> its name in print."""
+
+AVERAGE = "average"
+"""The target that stands for the mean over targets."""
+
+PUBLISHED = Path(__file__).parent / "published.csv"
+
+CONDITIONS = ("data", "selection", "inference", "average_precision", "flip_test", "cuhk03_boxes", "cuhk03_protocol")
+"""What must agree between numbers that are compared."""
+
+
+def protocol_table(study: Study | Path) -> pd.DataFrame:
+    """The study's results, one row per configuration and target and one for its average over targets.
+
+    Columns:
+        configuration (baseline, default, best; confirmed for further trials that were rerun), label, trial, target,
+        seeds (how many), confirmed (fresh seeds, not the search's own), score (selection score, percent);
+        mAP, rank1: percent, mean over seeds, with mAP_std, rank1_std their sample standard deviation;
+        splits: test splits behind each run, with mAP_split_std, rank1_split_std the standard deviation over them, mean
+        over seeds; missing for the average and for targets with one official query and gallery;
+        mAP_gain, rank1_gain: points above the baseline, mean of the differences paired by seed, with
+        mAP_gain_low, mAP_gain_high and so on the ends of the 95% bootstrap interval; missing without a baseline;
+        data, selection, inference, average_precision, flip_test, cuhk03_boxes, cuhk03_protocol: the conditions of the
+        runs.
+    Spreads and intervals are missing with one seed.
+
+    Raises UsageError when no configuration is complete.
+    """
+    study = study if isinstance(study, Study) else load_study(study)
+    configurations = _configurations(study)
+    baseline = next((c for c in configurations if c.kind == "baseline"), None)
+    rows = []
+    for configuration in configurations:
+        paired = baseline if configuration.kind != "baseline" else None
+        about = {"configuration": configuration.kind, "label": configuration.label, "trial": configuration.trial}
+        seeds = {"seeds": configuration.runs["seed"].nunique(), "confirmed": configuration.confirmed}
+        for target in [*study.targets, AVERAGE]:
+            targets = study.targets if target == AVERAGE else [target]
+            statistics = {
+                "score": configuration.percent("score", targets).mean(),
+                "splits": configuration.splits(targets),
+            }
+            for metric in METRICS:
+                base = None if paired is None else paired.percent(metric, targets)
+                statistics |= _statistics(metric, configuration.percent(metric, targets), base)
+                if target != AVERAGE:
+                    statistics[f"{metric}_split_std"] = configuration.percent(f"{metric}_std", targets).mean()
+            rows.append({**about, "target": target, **seeds, **statistics, **configuration.conditions()})
+    return pd.DataFrame(rows, columns=list(_COLUMNS))
+
+
+_COLUMNS = (
+    *("configuration", "label", "trial", "target", "seeds", "confirmed", "score", "splits"),
+    *(f"{m}{kind}" for m in METRICS for kind in ("", "_std", "_split_std", "_gain", "_gain_low", "_gain_high")),
+    *CONDITIONS,
+)
+
+
+def _statistics(metric: str, own: NDArray[np.float64], baseline: NDArray[np.float64] | None) -> dict[str, float]:
+    """Mean, spread and gain of (T, S) runs; the spread is that of the seeds' means over targets."""
+    per_seed = own.mean(axis=0)
+    found = {metric: per_seed.mean(), f"{metric}_std": per_seed.std(ddof=1) if len(per_seed) > 1 else np.nan}
+    if baseline is not None:
+        low, high = bootstrap_interval(own - baseline)
+        found |= {f"{metric}_gain": (own - baseline).mean(), f"{metric}_gain_low": low, f"{metric}_gain_high": high}
+    return found
+
+
+def bootstrap_interval(pairs: NDArray[np.float64], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean of `pairs` (T targets, S seeds), resampling seeds within each target.
+
+    (nan, nan) with one seed: one run says nothing about its spread.
+    """
+    targets, seeds = pairs.shape
+    if seeds < 2:
+        return np.nan, np.nan
+    drawn = np.random.default_rng(seed).integers(seeds, size=(draws, targets, seeds))
+    means = np.take_along_axis(pairs[None], drawn, axis=2).mean(axis=(1, 2))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class _Configuration:
+    """One row of the table: a trial and those of its runs that count."""
+
+    kind: str
+    label: str
+    trial: str
+    confirmed: bool
+    runs: pd.DataFrame
+
+    def percent(self, metric: str, targets: Sequence[str]) -> NDArray[np.float64]:
+        """Every run's value, (T targets, S seeds)."""
+        wide = self.runs.pivot(index="target", columns="seed", values=metric)
+        values: NDArray[np.float64] = 100 * wide.loc[list(targets)].to_numpy(float)
+        return values
+
+    def splits(self, targets: Sequence[str]) -> int:
+        """Test splits of a run, the most among `targets`."""
+        return int(self.runs.loc[self.runs["target"].isin(targets), "num_splits"].max())
+
+    def conditions(self) -> dict[str, str]:
+        """The values of every condition among the runs, comma-separated (one, unless someone mixed them)."""
+        return {key: ", ".join(sorted({str(value) for value in self.runs[key]})) for key in CONDITIONS}
+
+
+def _configurations(study: Study) -> list[_Configuration]:
+    """The rows, all on the same seeds and on every target.
+
+    Fresh seeds come first: those that baseline, defaults and best have all finished. Without any, the search's own.
+    """
+    finished = study.units[study.units["finished"].astype(bool) & study.units["target"].isin(study.targets)]
+    for fresh in (True, False):
+        runs = finished[finished["confirms"].astype(bool) == fresh]
+        seeds = {str(name): _complete_seeds(own, study.targets) for name, own in runs.groupby("trial")}
+        # The baseline takes no part in the search: it may have no run on the search's seed.
+        main = [(kind, trial) for kind, trial in _main_trials(study) if fresh or trial["name"] in seeds]
+        common = set.intersection(*(seeds.get(trial["name"], set()) for _, trial in main)) if main else set()
+        if common:
+            chosen = main + (_further_trials(study, seeds, main, common) if fresh else [])
+            counted = runs[runs["seed"].isin(common)]
+            return [
+                _configuration(study, kind, trial, counted[counted["trial"] == trial["name"]], fresh)
+                for kind, trial in chosen
+            ]
+    states = study.trials["state"].value_counts().sort_index()
+    counts = ", ".join(f"{count} {state}" for state, count in states.items()) or "none started"
+    raise UsageError(f"{study.folder}: no trial has finished every target yet (trials: {counts})")
+
+
+def _complete_seeds(runs: pd.DataFrame, targets: Sequence[str]) -> set[int]:
+    """Seeds on which every target is finished."""
+    return {seed for seed, own in runs.groupby("seed") if set(own["target"]) == set(targets)}
+
+
+def _main_trials(study: Study) -> list[tuple[str, pd.Series]]:
+    default = study.default_trial()
+    if default is not None and default["state"] != "complete":
+        default = None
+    chosen = [("baseline", study.baseline_trial()), ("default", default), ("best", study.best_searched_trial())]
+    return [(kind, trial) for kind, trial in chosen if trial is not None]
+
+
+def _further_trials(
+    study: Study, seeds: dict[str, set[int]], main: list[tuple[str, pd.Series]], common: set[int]
+) -> list[tuple[str, pd.Series]]:
+    """Trials beside the main ones that were confirmed on the same seeds."""
+    names = {name for name, own in seeds.items() if common <= own} - {trial["name"] for _, trial in main}
+    return [("confirmed", trial) for _, trial in study.trials[study.trials["name"].isin(names)].iterrows()]
+
+
+def _configuration(study: Study, kind: str, trial: pd.Series, runs: pd.DataFrame, fresh: bool) -> _Configuration:
+    first = runs.iloc[0]
+    plain = f"plain {'IN' if first['baseline_norm'] == 'instance' else 'BN'}"
+    method = "LDA" if first["method"] == "lda" else plain
+    searched = int((study.trials["origin"] != "baseline").sum())
+    number = "" if kind == "baseline" else f"trial {int(trial['number'])}"
+    label = {
+        "baseline": f"baseline, {plain}",
+        "default": f"{method}, defaults ({number})",
+        "best": f"{method}, best of {searched} ({number})",
+        "confirmed": f"{method}, {number}",
+    }[kind]
+    return _Configuration(kind, label, str(trial["name"]), fresh, runs)
+
+
+def published_table(protocol: str) -> pd.DataFrame:
+    """The poster's rows of one protocol, as printed: see the columns of published.csv."""
+    published = pd.read_csv(PUBLISHED, keep_default_na=False, na_values={"mAP": "", "rank1": ""})
+    return published[published["protocol"] == protocol].reset_index(drop=True)

@@ -1,0 +1,43 @@
+"""What every command shares: how it ends, and how it shows progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lda.errors import UsageError
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do `work`. 0 done, 1 failed (a disk that is full or not writable), 2 bad usage, 130 interrupted."""
+    try:
+        work()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+@contextmanager
+def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Yields `advance(count)`. A progress bar on a terminal, one line elsewhere, nothing if quiet; on stderr."""
+    if quiet:
+        yield lambda count: None
+        return
+    if not sys.stderr.isatty():
+        print(title, file=sys.stderr, flush=True)
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,120 @@
+"""The worker processes of one machine: started, told their work, replaced when they die, stopped together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lda.errors import UsageError
+from sweeps.crew.assignment import EXIT_USAGE, STOP_SECONDS, Assignment
+from sweeps.crew.heartbeat import EXIT_FENCED
+from sweeps.crew.slots import Slot
+from sweeps.study_folder import StudyFolder
+
+_DEATHS_IN_VAIN = 3  # of workers in a row, beside one per slot, while no attempt was begun
+
+
+class StudyError(RuntimeError):
+    """The study cannot go on, through no mistake in its settings."""
+
+
+class WorkerPool:
+    """One process per slot.
+
+    Args:
+        assignment: what to tell the worker of a slot; the number counts the processes started.
+    """
+
+    def __init__(
+        self, slots: Sequence[Slot], folder: StudyFolder, assignment: Callable[[Slot, int], Assignment]
+    ) -> None:
+        self._slots, self._folder, self._assignment = slots, folder, assignment
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._started = 0
+        self._deaths_in_vain, self._attempts = 0, -1
+
+    def supervise(self, attempts: int) -> None:
+        """Start the workers that are missing. `attempts` counts those begun so far, by whomever.
+
+        Raises UsageError when a worker found the data or the settings unusable, StudyError when workers keep dying
+        before they begin anything.
+        """
+        for slot in self._slots:
+            process = self._processes.get(slot.index)
+            if process is not None:
+                code = process.poll()
+                if code is None:
+                    continue
+                _hang_up(process)
+                self._judge(slot, code, attempts)
+            self._processes[slot.index] = self._start(slot)
+
+    def _judge(self, slot: Slot, code: int, attempts: int) -> None:
+        """A worker ended: say so, or raise where another one would end the same way."""
+        last = _last_line(self._log(slot))
+        if code == EXIT_USAGE:
+            raise UsageError(last.removeprefix("error: "))
+        self._deaths_in_vain = self._deaths_in_vain + 1 if attempts == self._attempts else 0
+        self._attempts = attempts
+        if self._deaths_in_vain >= _DEATHS_IN_VAIN + len(self._slots):
+            raise StudyError(f"workers die before they begin: {last} ({self._log(slot)})")
+        how = "lost touch with the storage" if code == EXIT_FENCED else f"failed: {last}"
+        if code < 0:
+            how = f"was killed by signal {-code}"
+        self._folder.event(f"worker {slot.index} {how}; starting it again")
+
+    def _start(self, slot: Slot) -> subprocess.Popen[bytes]:
+        with self._log(slot).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "sweeps.crew.worker"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **slot.environment},
+                start_new_session=True,  # Ctrl-C is the coordinator's to handle
+            )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # dead already: supervise will see
+            self._assignment(slot, self._started).send(process.stdin)
+        self._started += 1
+        return process
+
+    def _log(self, slot: Slot) -> Path:
+        return self._folder.workers / f"{platform.node()}-{slot.index}.log"
+
+    def stop(self) -> None:
+        """Close every worker's stdin, give its unit time to end, then use force."""
+        for process in self._processes.values():
+            _hang_up(process)
+        end = time.monotonic() + STOP_SECONDS
+        for process in self._processes.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.1, end - time.monotonic()))
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL what still runs, children included."""
+        for process in self._processes.values():
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _hang_up(process: subprocess.Popen[bytes]) -> None:
+    """Close a worker's stdin: told to stop, or no longer there."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"

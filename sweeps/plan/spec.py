@@ -1,0 +1,332 @@
+"""A study file (YAML) -> `StudySpec`, checked key by key before anything runs.
+
+Every mistake is one line: the file, the path of the key, the value, and the nearest valid key where one is near.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+
+from lda.config import FIELDS, Config, check_key, preset
+from lda.errors import UsageError, unknown
+from lda.protocols import get_protocol
+from sweeps.plan.space import Axis, Point, checked_axis, checked_point, grid
+
+STUDIES = Path(__file__).parent.parent / "studies"
+"""Folder of the studies that `--study NAME` finds by name."""
+
+_strict_keys = with_config(ConfigDict(extra="forbid"))
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+@_strict_keys
+@dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """When a trial that trails the others is stopped early.
+
+    A trial's value at a step is its running mean of (score - score of the defaults on the same target): targets differ
+    in difficulty, so raw scores of different targets do not compare.
+
+    Attributes:
+        rule: percentile or none.
+        percentile: a trial goes on while its best value so far is in this top share of the others' (50: median).
+        startup_trials: finished trials before anything is pruned.
+        warmup_units: units (targets) of a trial that always finish.
+    """
+
+    rule: Literal["percentile", "none"] = "percentile"
+    percentile: Annotated[float, Field(gt=0, lt=100)] = 50.0
+    startup_trials: Count = 4
+    warmup_units: Count = 1
+
+
+@_strict_keys
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How configurations are proposed, and when to stop.
+
+    Attributes:
+        space: swept setting -> axis.
+        sampler: tpe, gp (up to about five continuous axes), random, or grid (choices and steps only).
+        trials: configurations to try; trial 0 is the defaults.
+        hours: stop proposing after this wall clock of one command.
+        device_hours: stop proposing after this much training time, summed over devices and commands.
+        retries: how often a trial that failed is tried again.
+        enqueue: points to try right after the defaults; a key left out takes its default.
+    """
+
+    space: dict[str, Axis]
+    sampler: Literal["tpe", "gp", "random", "grid"] = "tpe"
+    trials: Positive = 20
+    hours: Seconds | None = None
+    device_hours: Seconds | None = None
+    retries: Count = 2
+    enqueue: tuple[dict[str, Any], ...] = ()
+    pruning: Pruning = field(default_factory=Pruning)
+
+
+@_strict_keys
+@dataclass(frozen=True, kw_only=True)
+class Confirm:
+    """After the search: the best trials, the defaults and the plain baseline once more, on seeds the search never saw.
+
+    Attributes:
+        top: how many of the best configurations.
+        seeds: fresh seeds per configuration; 0 leaves confirmation out.
+    """
+
+    top: Positive = 1
+    seeds: Count = 2
+
+
+@_strict_keys
+@dataclass(frozen=True, kw_only=True)
+class StudySpec:
+    """One study: what is swept, over which data, at what budget.
+
+    Attributes:
+        title: one line for people.
+        cost: expected cost of the default budget, for `--list` and `--dry-run`.
+        protocol: see lda/protocols.py.
+        search, confirm: see there.
+        targets: order in which a trial's units run; all of the protocol by default.
+        preset: lda.config.PRESETS; by default "real" with a data root and "standin" without.
+        standin: scale of the stand-in domains.
+        base: settings that differ from the preset, for every trial.
+        seed: of the sampler and of the search's units; confirmation takes the seeds after it.
+        heartbeat_seconds: how often a worker says that it lives.
+        grace_seconds: a worker silent for this long has lost its trial.
+    """
+
+    title: str
+    cost: str
+    protocol: str
+    search: Search
+    confirm: Confirm = field(default_factory=Confirm)
+    targets: tuple[str, ...] = ()
+    preset: Literal["standin", "real"] | None = None
+    standin: Literal["tiny", "small", "full"] = "small"
+    base: dict[str, Any] = field(default_factory=dict)
+    seed: Annotated[int, Field(ge=0, lt=2**30)] = 0
+    heartbeat_seconds: Positive = 20
+    grace_seconds: Positive = 120
+
+    def config(self, target: str, seed: int, changes: Mapping[str, Any]) -> Config:
+        """The settings of one unit. Raises UsageError naming the setting at fault."""
+        assert self.preset is not None, "resolve() fills the preset"
+        where = {"protocol": self.protocol, "target": target, "seed": seed}
+        return preset(self.preset, **{**self.base, **changes, **where})
+
+    @property
+    def selection(self) -> str:
+        """The rule that scores a unit."""
+        return self.config(self.targets[0], 0, {}).selection
+
+    @property
+    def defaults(self) -> Point:
+        """Trial 0: the published or assumed value of every swept setting."""
+        config = self.config(self.targets[0], 0, {})
+        return {key: getattr(config, key) for key in self.search.space}
+
+    @property
+    def first_points(self) -> list[Point]:
+        """Points tried before the sampler proposes any: the defaults, then the enqueued ones, then a grid's."""
+        points = [self.defaults, *({**self.defaults, **point} for point in self.search.enqueue)]
+        if self.search.sampler == "grid":
+            points += grid(self.search.space, self.seed)
+        unique = [point for index, point in enumerate(points) if point not in points[:index]]
+        return unique[: self.search.trials]
+
+    @property
+    def confirm_seeds(self) -> range:
+        """Seeds of the confirmation: none of them is the search's."""
+        return range(self.seed + 1, self.seed + 1 + self.confirm.seeds)
+
+
+_ADAPTER = TypeAdapter(StudySpec)
+
+
+def to_dict(spec: StudySpec) -> dict[str, Any]:
+    """Plain JSON types; `from_dict` reads them back."""
+    plain: dict[str, Any] = _ADAPTER.dump_python(spec, mode="json")
+    return plain
+
+
+def from_dict(values: Mapping[str, Any]) -> StudySpec:
+    """The StudySpec of `to_dict`."""
+    return _ADAPTER.validate_python(values)
+
+
+def study_file(study: str) -> Path:
+    """The file of `--study`: a name in sweeps/studies, or the path of a YAML file. Raises UsageError."""
+    if study.endswith((".yaml", ".yml")):
+        path = Path(study)
+        if not path.is_file():
+            raise UsageError(f"--study {study}: there is no such file")
+        return path
+    names = study_names()
+    if study not in names:
+        raise UsageError(f"--study: {unknown('study', study, names)}")
+    return STUDIES / f"{study}.yaml"
+
+
+def study_names() -> list[str]:
+    """Names of the studies that come with the package."""
+    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
+
+
+def load(path: Path) -> StudySpec:
+    """Read a study file and check types and keys. Raises UsageError in one line; see `resolve` for the rest."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise UsageError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected keys and values, got {values!r}")
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {_first_mistake(error)}") from None
+
+
+def _first_mistake(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    where = ".".join(location)
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{where}: {unknown('key', location[-1], _keys_at(location[:-1]))}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{where}: this key is required"
+    if first["type"] == "literal_error":
+        return f"{where}: expected {first['ctx']['expected']}, got {first['input']!r}"
+    message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{where}: expected {message}, got {first['input']!r}"
+
+
+def _keys_at(location: Sequence[str]) -> list[str]:
+    """Valid keys of the section at `location` (a walk through the dataclasses; one step into a mapping or list)."""
+    section: Any = StudySpec
+    for part in location:
+        section = get_type_hints(section)[part] if dataclasses.is_dataclass(section) else Axis
+    return [f.name for f in dataclasses.fields(section)]
+
+
+def resolve(
+    spec: StudySpec,
+    file: Path,
+    *,
+    real_data: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    trials: int | None = None,
+    confirm_seeds: int | None = None,
+) -> StudySpec:
+    """Apply the command line, fill what was left to defaults, and check every value against lda.config.
+
+    `overrides` are typed settings (lda.config.parse_overrides); one that the study sweeps is fixed instead. Raises
+    UsageError naming the file and the key.
+    """
+    overrides = dict(overrides or {})
+    _refuse_study_keys(overrides, "--set ")
+    search, confirm = spec.search, spec.confirm
+    space = {key: axis for key, axis in search.space.items() if key not in overrides}
+    enqueue = tuple({k: v for k, v in point.items() if k not in overrides} for point in search.enqueue)
+    search = dataclasses.replace(search, space=space, enqueue=enqueue, trials=trials or search.trials)
+    if confirm_seeds is not None:
+        confirm = dataclasses.replace(confirm, seeds=confirm_seeds)
+    try:
+        protocol = get_protocol(spec.protocol)
+        for target in spec.targets:
+            protocol.sources(target)
+        _refuse_study_keys(spec.base, "base.")
+        for key in spec.base:
+            if key in search.space:
+                raise UsageError(f"base.{key}: is swept in search.space as well; keep one of the two")
+        spec = dataclasses.replace(
+            spec,
+            search=search,
+            confirm=confirm,
+            seed=spec.seed if seed is None else seed,
+            targets=spec.targets or protocol.targets,
+            preset=spec.preset or ("real" if real_data else "standin"),
+            base={**spec.base, **overrides},
+        )
+        return _checked(spec)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
+
+
+def _refuse_study_keys(settings: Mapping[str, Any], where: str) -> None:
+    for key in settings:
+        check_key(key)
+        if key in ("protocol", "target", "seed"):
+            instead = {"protocol": "--study", "target": "targets of the study file", "seed": "--seed"}[key]
+            raise UsageError(f"{where}{key}: is set for the whole study, use {instead}")
+
+
+def _checked(spec: StudySpec) -> StudySpec:
+    if spec.grace_seconds < 3 * spec.heartbeat_seconds:
+        raise UsageError(f"grace_seconds: {spec.grace_seconds} is below three heartbeats of {spec.heartbeat_seconds} s")
+    if not spec.search.space and spec.search.trials > 1:
+        raise UsageError("search.space: nothing is left to sweep; name a setting, or ask for --trials 1")
+    base = spec.config(spec.targets[0], spec.seed, {}).to_dict()
+    spec = dataclasses.replace(spec, base={key: base[key] for key in spec.base})
+    space = {}
+    for key, axis in spec.search.space.items():
+        try:
+            space[key] = checked_axis(key, axis)
+        except UsageError as error:
+            raise UsageError(f"search.space.{error}") from None
+    try:
+        checked_point(space, {key: getattr(Config(), key) if key not in base else base[key] for key in space})
+    except UsageError as error:
+        raise UsageError(f"search.space.{error} (the default; trial 0 is always the defaults)") from None
+    points = []
+    for index, point in enumerate(spec.search.enqueue):
+        try:
+            points.append(checked_point(space, point))
+        except UsageError as error:
+            raise UsageError(f"search.enqueue.{index}.{error}") from None
+    spec = dataclasses.replace(spec, search=dataclasses.replace(spec.search, space=space, enqueue=tuple(points)))
+    if spec.search.sampler == "grid":
+        try:
+            grid(space, spec.seed)
+        except UsageError as error:
+            raise UsageError(f"search.space.{error}") from None
+    return spec
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """Key paths at which two `to_dict` results differ, each with both values."""
+    found: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{path}{key}.")
+        elif a != b:
+            found.append(f"{path}{key} ({a!r} before, {b!r} now)")
+    return found
+
+
+def same_study(spec: StudySpec) -> dict[str, Any]:
+    """The part of a spec that must not change while a study lasts: all but titles, budgets, retries, confirmation."""
+    plain = to_dict(spec)
+    for key in ("title", "cost", "confirm", "heartbeat_seconds", "grace_seconds"):
+        del plain[key]
+    for key in ("trials", "hours", "device_hours", "retries", "enqueue"):
+        del plain["search"][key]
+    plain["base"] = {key: value for key, value in plain["base"].items() if FIELDS[key].metadata["identity"]}
+    return plain

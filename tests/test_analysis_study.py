@@ -1,0 +1,111 @@
+"""analysis.records on small study folders in the real format."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from study_files import write_json, write_study, write_trial, write_unit
+
+from analysis.study import load_metrics, load_study, print_name
+from lda.errors import UsageError
+
+
+def test_a_study_becomes_tables(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path / "protocol3", confirm_seeds=(1, 2)))
+    assert study.name == "protocol3"
+    assert study.targets == ["cuhk03", "msmt17", "market1501"]
+    assert study.data == "stand-in"
+    assert study.trials["name"].tolist() == ["trial-0000", "trial-0001", "trial-0002", "trial-baseline"]
+    assert study.trials["param/bank_momentum"].iloc[0] == 0.9
+    assert len(study.units) == 3 * (3 + 3 + 1 + 2)
+    unit = study.units.set_index(["trial", "target", "seed"]).loc[("trial-0001", "msmt17", 2)]
+    assert (unit["unit"], unit["method"], bool(unit["confirms"])) == ("msmt17-s2", "lda", True)
+    assert (unit["mAP"], unit["score"], unit["selection"]) == (pytest.approx(0.37), 0.55, "source_validation")
+    assert study.units["target"].iloc[:9].tolist() == ["cuhk03"] * 3 + ["msmt17"] * 3 + ["market1501"] * 3
+    confirms = study.units[study.units["confirms"].astype(bool)]
+    assert set(confirms["seed"]) == {1, 2}
+
+
+def test_best_and_default(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", scores=(0.6, 0.5, 0.55, 0.55), confirm_seeds=(1,))
+    write_trial(folder / "trial-0004", 4, None, [], state="pruned", reason="below the median")
+    study = load_study(folder)
+    trials = {
+        "best": study.best_trial(),
+        "searched": study.best_searched_trial(),
+        "default": study.default_trial(),
+        "baseline": study.baseline_trial(),
+    }
+    assert {key: trial["name"] for key, trial in trials.items() if trial is not None} == {
+        "best": "trial-0000",
+        "searched": "trial-0002",  # the first of equals; better than no other trial, though not than the defaults
+        "default": "trial-0000",
+        "baseline": "trial-baseline",
+    }
+    assert study.trials.set_index("name").loc["trial-0004", "reason"] == "below the median"
+
+
+def test_a_study_that_just_began(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", scores=())
+    study = load_study(folder)
+    assert study.trials.empty
+    assert study.units.empty
+    assert study.best_trial() is study.default_trial() is None
+    write_unit(folder / "trial-0000" / "cuhk03-s0", "cuhk03", finished=False)
+    write_trial(folder / "trial-0000", 0, None, ["cuhk03-s0"], state="running")
+    study = load_study(folder)
+    assert study.units["finished"].tolist() == [False]
+    assert study.best_trial() is None
+    assert study.data == "stand-in"
+
+
+def test_targets_are_those_of_the_study_in_table_order(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study")
+    spec = json.loads((folder / "study.json").read_text())
+    write_json(folder / "study.json", {**spec, "targets": ["market1501", "cuhk03"]})
+    assert load_study(folder).targets == ["cuhk03", "market1501"]
+
+
+def test_metrics_of_a_killed_run(tmp_path: Path) -> None:
+    write_unit(tmp_path, "cuhk03", finished=False)
+    whole = load_metrics(tmp_path)
+    assert whole["step"].tolist() == [*range(20, 201, 20), 100, 200]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 220, "loss/id_')
+    assert load_metrics(tmp_path).equals(whole)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 240}\n')
+    with pytest.raises(UsageError, match="line 13"):
+        load_metrics(tmp_path)
+    assert load_metrics(tmp_path / "nothing").empty
+
+
+def test_what_is_no_study_is_explained(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "protocol3", scores=(0.5,))
+    with pytest.raises(UsageError, match=r"protocl3 does not exist; expected .* \(did you mean .*protocol3\?\)"):
+        load_study(tmp_path / "protocl3")
+    with pytest.raises(UsageError, match=r"holds no study\.json; .*: protocol3$"):
+        load_study(tmp_path)
+    with pytest.raises(UsageError, match="is a single run; expected a study's folder"):
+        load_study(folder / "trial-0000" / "cuhk03-s0")
+    (folder / "trial-0000" / "trial.json").write_text("{")
+    with pytest.raises(UsageError, match=r"trial\.json: expected a JSON file"):
+        load_study(folder)
+    write_json(folder / "study.json", {"study": "protocol3", "protocol": "protocol9"})
+    with pytest.raises(UsageError, match=r"study\.json: protocol 'protocol9'"):
+        load_study(folder)
+
+
+def test_print_name() -> None:
+    assert print_name("market1501") == "Market-1501"
+    assert print_name("my_own_set") == "my_own_set"
+
+
+def test_reading_needs_no_heavy_package() -> None:
+    code = "import sys, analysis.tables; print(sorted({'torch', 'optuna', 'wandb', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
