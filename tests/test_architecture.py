@@ -23,6 +23,8 @@ MAY_IMPORT = {
     "lda.data": {"lda.protocols", "lda.command", "lda.data"},
     "lda.networks": {"lda.normalisation"},
     "lda.method": {"lda.normalisation", "lda.losses", "lda.networks", "lda.config"},
+    "lda.settings": set(),
+    "lda.batch": set(),
     "lda.command": set(),
     "lda.files": set(),
     "lda.runs": {"lda.config", "lda.files"},
