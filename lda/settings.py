@@ -1,8 +1,8 @@
 """One setting a line: default, bounds, what a search should try, where the value comes from; and the one validator.
 
 A group of settings is a frozen dataclass that derives from `Settings`; its annotations say the types, and `Literal`
-the choices. Marks of provenance: `poster` = printed on the LDA poster; a method's name = its paper or release; `field` =
-what most re-identification code uses; `assumed` = our reading, nothing published.
+the choices. Marks of provenance: `poster` = printed on the LDA poster; a method's name = its paper or release; `field`
+= what most re-identification code uses; `assumed` = our reading, nothing published.
 """
 
 from __future__ import annotations
