@@ -8,26 +8,29 @@ from typing import Any
 
 import torch
 
+from lda import methods
 from lda.config import Config, from_mapping
 from lda.errors import UsageError
 from lda.files import atomic
-from lda.method import Method, build_method
+from lda.methods.base import Method
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run's state after `step` gradient steps.
+    """A run's state after `step` training steps.
 
     Attributes:
-        num_ids: identities per source domain, in the order of `sources`.
+        unit, training: hashes, see `lda.config`: what the result is called, and what was learnt.
+        sources: the source domains, in order; num_ids: identities of each.
         seconds: wall-clock time spent on the unit so far.
         method, optimizer: state dicts.
-        trained_in: folder name of the unit that did the training, "" for this one.
+        trained_in: folder of the unit that did the training, "" for this one.
     """
 
     unit: str
+    training: str
     config: Config
     sources: tuple[str, ...]
     num_ids: tuple[int, ...]
@@ -37,6 +40,11 @@ class Checkpoint:
     optimizer: dict[str, Any]
     trained_in: str = ""
 
+    @property
+    def complete(self) -> bool:
+        """Whether the training it belongs to is over."""
+        return self.step == self.config.schedule.total_steps
+
     def save(self, path: Path) -> None:
         """Write atomically: a run killed meanwhile keeps its previous checkpoint."""
         content = {**vars(self), "format": _FORMAT, "config": self.config.to_dict()}
@@ -45,7 +53,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read a checkpoint. Raises UsageError when it is missing, damaged or not one of ours."""
+    """Read a checkpoint. Raises UsageError when it is missing, damaged, or not of this version."""
     if not path.is_file():
         raise UsageError(f"checkpoint {str(path)!r} is not a file; a run writes it as <run folder>/checkpoint.pt")
     try:
@@ -53,18 +61,21 @@ def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> Checkpoin
     except Exception as error:  # torch raises half a dozen types for a file that is damaged or no checkpoint
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"checkpoint {str(path)!r} cannot be read ({reason}); it may be truncated") from error
-    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-        raise UsageError(f"checkpoint {str(path)!r} is not of format {_FORMAT}: it was not written by this version")
+    found = content.pop("format", None) if isinstance(content, dict) else None
+    if found != _FORMAT:
+        whose = f"was written by an older version (format {found})" if isinstance(found, int) else "is none of ours"
+        raise UsageError(f"checkpoint {str(path)!r} {whose}; this version reads format {_FORMAT}")
     return Checkpoint(**{**content, "config": from_mapping(content["config"])})
 
 
-def load_method(checkpoint: Checkpoint) -> Method:
-    """The trained method in evaluation mode, on the CPU."""
-    method = build_method(checkpoint.config.replace(pretrained="none"), checkpoint.num_ids)
+def load_method(checkpoint: Checkpoint, config: Config | None = None) -> Method:
+    """The trained method in evaluation mode, on the CPU, under its own settings or those of `config`."""
+    config = (config or checkpoint.config).replace(pretrained="none")
+    method = methods.build(config.method, config.setup(checkpoint.num_ids))
     method.load_state_dict(checkpoint.method)
     return method.eval()
 
 
 def load(checkpoint: str | Path) -> Method:
-    """A trained feature extractor: normalised images (B, 3, H, W) -> features (B, D). `lda.load` in a notebook."""
+    """A trained method: called on normalised images (B, 3, H, W) it gives their encodings. See `lda.load`."""
     return load_method(read_checkpoint(Path(checkpoint)))

@@ -7,17 +7,17 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from lda.config import Config
 from lda.errors import UsageError
+from lda.groups import Machine
 
 
-def choose_device(config: Config) -> torch.device:
+def choose_device(machine: Machine) -> torch.device:
     """The configured device; `auto` is the first GPU, else the CPU. Also sets the number of CPU threads.
 
     Raises UsageError for a device that is not there.
     """
-    torch.set_num_threads(config.threads or _allowed_cores())
-    name = config.device
+    torch.set_num_threads(machine.threads or _allowed_cores())
+    name = machine.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

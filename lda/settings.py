@@ -89,14 +89,18 @@ class Settings:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
 
 
-@functools.cache
 def settings_of(group: type[Settings]) -> Mapping[str, Setting]:
     """Name -> setting of a group, in the order in which they are written."""
-    kinds = get_type_hints(group)
-    return {
-        f.name: Setting(name=f.name, kind=kinds[f.name], default=f.default, **f.metadata)
-        for f in dataclasses.fields(group)
-    }
+    if group not in _KNOWN:
+        kinds = get_type_hints(group)
+        _KNOWN[group] = {
+            f.name: Setting(name=f.name, kind=kinds[f.name], default=f.default, **f.metadata)
+            for f in dataclasses.fields(group)
+        }
+    return _KNOWN[group]
+
+
+_KNOWN: dict[type[Settings], Mapping[str, Setting]] = {}  # functools.cache, as mypy sees it, takes no class
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lda import config as configs
+from lda import methods
 from lda.errors import UsageError
 from lda.protocols import PROTOCOLS, get_protocol
 
@@ -30,7 +31,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--output", type=Path, help="run folder (default: runs/train/<protocol>-<target>-<method>-s<seed>)"
     )
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings, see lda/config.py"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"settings, see lda/config.py; method: {', '.join(methods.names())}",
     )
     return parser.parse_args(arguments)
 
@@ -53,38 +59,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    name = f"{config.protocol}-{config.target}-{config.method}-s{config.seed}"
+    name = f"{config.run.protocol}-{config.run.target}-{config.method.name}-s{config.run.seed}"
     return _run(config, options.output or Path("runs", "train", name), options.data_root)
 
 
 def _run(config: configs.Config, folder: Path, data_root: Path | None) -> int:
-    from lda import trainer  # imports torch: bad usage is told before that takes its seconds
+    from lda.trainer import TrainingError  # torchvision takes seconds: bad usage is told before
+    from lda.unit import Progress as UnitProgress
+    from lda.unit import run_unit
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(f"{config.method} -> {config.target}", total=config.total_steps)
+        task = bar.add_task(f"{config.method.name} -> {config.run.target}", total=config.schedule.total_steps)
 
-        def show(progress: trainer.Progress) -> None:
+        def show(progress: UnitProgress) -> None:
             bar.update(task, completed=progress.step)
             if progress.score is not None:
                 bar.console.print(f"epoch {progress.epoch}: selection score {100 * progress.score:.1f}")
 
         try:
-            result = trainer.run_unit(config, folder, data_root=data_root, on_progress=show)
+            result = run_unit(config, folder, data_root=data_root, on_progress=show)
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except trainer.TrainingError as error:
+        except TrainingError as error:
             print(f"failed: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print(f"interrupted; the same command goes on from {folder / 'checkpoint.pt'}", file=sys.stderr)
             return 130
-    conditions = f"{result['data']}, {result['inference']}, {result['average_precision']} AP"
+    conditions = ", ".join(filter(None, (result.data, result.inference, f"{result.average_precision} AP")))
     print(
-        f"{config.method} on {config.target} ({conditions}): mAP {100 * result['mAP']:.1f}, "
-        f"Rank-1 {100 * result['rank1']:.1f}; {result['selection']['rule']} "
-        f"{100 * result['selection']['score']:.1f}; {folder}"
+        f"{result.title} on {result.target} ({conditions}): mAP {100 * result.mAP:.1f}, Rank-1 {100 * result.rank1:.1f}; "
+        f"{result.selection.rule} {100 * result.selection.score:.1f}; {folder}"
     )
     return 0
 

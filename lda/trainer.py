@@ -1,33 +1,26 @@
-"""Fit one configuration on the sources, select on held-out source identities, test once on the unseen target."""
+"""Fit one method on the sources: batches, optimiser, rate, backward pass, the check that all is finite, resume."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lda.bank_files import draw_banks, tabulate_banks, write_banks
-from lda.checkpoint import Checkpoint, read_checkpoint
+from lda import methods
+from lda.batch import Batch
+from lda.checkpoint import Checkpoint
 from lda.config import Config
-from lda.data.batches import Batch, IdentityBatches, batch_loader
+from lda.data.batches import CleanImages, IdentityBatches, batch_loader
 from lda.data.cache import cache_dir
 from lda.data.packed import pack
-from lda.data.sources import Task, build_task
-from lda.data.standin.tree import ensure_standin
+from lda.data.sources import Task
 from lda.data.transforms import Augment
-from lda.device import choose_device, forward_context
-from lda.errors import UsageError
-from lda.evaluate import Evaluator, chosen_splits, metrics
-from lda.files import write_json
-from lda.method import LDA, Losses, Method, build_method
-from lda.runs import RunFolder, environment, read_metrics
-from lda.tracking import RunLabels, Tracker
+from lda.device import forward_context
+from lda.groups import Schedule
+from lda.methods.base import Losses, ParameterGroup
 
 _REMEDY = "try a lower learning_rate or a longer warmup_epochs"
 
@@ -36,42 +29,20 @@ class TrainingError(RuntimeError):
     """A run that cannot go on: the message names the term, the step and what to try."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands.
-
-    Attributes:
-        step: gradient steps done, of total_steps.
-        epoch: epochs completed.
-        images_per_second: training throughput so far in this process.
-        score: the selection score of a validation just made, else None.
-    """
-
-    step: int
-    total_steps: int
-    epoch: int
-    images_per_second: float
-    score: float | None = None
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """The rate of a step: linear warm-up from warmup_factor, then times gamma at every milestone (in epochs)."""
-    warmup = config.warmup_epochs * config.steps_per_epoch
-    factor = 1.0
-    if step < warmup:
-        factor = config.warmup_factor + (1.0 - config.warmup_factor) * step / warmup
-    passed = sum(step >= milestone * config.steps_per_epoch for milestone in config.milestones)
-    return config.learning_rate * factor * config.gamma**passed
-
-
-def build_optimizer(config: Config, method: Method) -> torch.optim.Optimizer:
-    """Adam, or SGD with Nesterov momentum 0.9; weight decay on every parameter."""
-    parameters = [p for p in method.parameters() if p.requires_grad]
-    if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        parameters, lr=config.learning_rate, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
-    )
+def build_optimizer(schedule: Schedule, groups: Mapping[str, ParameterGroup]) -> torch.optim.Optimizer:
+    """Adam, or SGD with Nesterov momentum 0.9, over named parameter groups."""
+    parameters = [
+        {
+            "params": group.parameters,
+            "name": name,
+            "rate": group.rate,
+            "weight_decay": schedule.weight_decay if group.decay else 0.0,
+        }
+        for name, group in groups.items()
+    ]
+    if schedule.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=schedule.learning_rate)
+    return torch.optim.SGD(parameters, lr=schedule.learning_rate, momentum=0.9, nesterov=True)
 
 
 class Trainer:
@@ -84,64 +55,68 @@ class Trainer:
     def __init__(self, config: Config, task: Task, device: torch.device) -> None:
         self.config, self.task, self.device = config, task, device
         self.step = 0
-        self.method = build_method(config, [source.num_ids for source in task.sources]).to(device).train()
+        num_ids = [source.num_ids for source in task.sources]
+        self.method = methods.build(config.method, config.setup(num_ids)).to(device).train()
         if device.type == "cuda":
             self.method.to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(config, self.method)
-        packed = [pack(s.records, config.image_height, config.image_width, cache_dir()) for s in task.sources]
-        augment = Augment(
-            flip_probability=config.flip_probability,
-            pad=config.pad,
-            jitter_probability=config.jitter_probability,
-            auto_augment_probability=config.auto_augment_probability,
-        )
+        self.optimizer = build_optimizer(config.schedule, self.method.parameter_groups())
+        settings = config.batches
+        self.packed = [
+            pack(source.records, settings.image_height, settings.image_width, cache_dir()) for source in task.sources
+        ]
         # A GPU augments faster than the loader's processes, and a uint8 batch is a quarter of the copy.
-        self.augment = augment if device.type == "cuda" else None
+        self.augment = Augment.of(settings) if device.type == "cuda" else None
         self.batches = IdentityBatches(
             task.sources,
-            packed,
-            ids_per_batch=config.ids_per_batch,
-            images_per_id=config.images_per_id,
-            augment=augment if self.augment is None else None,
-            seed=config.seed,
-            pure=self.method.pure_batches,
+            self.packed,
+            settings,
+            self.method.layout,
+            config.run.seed,
+            augment=Augment.of(settings) if self.augment is None else None,
         )
 
-    def loader(self) -> Any:
+    def loader(self) -> Iterator[Batch]:
         """The batches still to come."""
-        pin = self.device.type == "cuda"
-        return batch_loader(self.batches, self.step, self.config.total_steps, self.config.loader_workers, pin)
+        pin, total = self.device.type == "cuda", self.config.schedule.total_steps
+        return batch_loader(self.batches, self.step, total, self.config.machine.loader_workers, pin)
+
+    def prepare(self) -> None:
+        """Let the method look at all source images, as it may once before step 0."""
+        clean = CleanImages(self.task.sources, self.packed, self.config.machine.evaluation_batch)
+        with forward_context(self.device):
+            self.method.prepare(self._placed(batch) for batch in clean)
+        self.method.train()
+
+    def _placed(self, batch: Batch) -> Batch:
+        images = batch.images.to(self.device, non_blocking=True)
+        return batch._replace(images=images, labels=batch.labels.to(self.device))
 
     def train_step(self, batch: Batch) -> dict[str, float]:
-        """One gradient step. Returns the step's scalars; raises TrainingError when one is not finite."""
-        rate = learning_rate(self.config, self.step)
+        """One step. Returns its scalars; raises TrainingError when one is not finite."""
+        rate = self.config.schedule.rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        images = batch.images.to(self.device, non_blocking=True)
-        if self.augment is not None:
-            images = self.augment(images, self.batches.generator(self.step))
-        on_device = Batch(images, batch.labels.to(self.device), batch.domains)
+            group["lr"] = rate * group["rate"]
+        update = _Update(self, batch)
         with forward_context(self.device):
-            losses = self.method.training_losses(on_device, self.step)
-        scalars = self._checked(losses, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses["loss/total"].backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+            scalars = self.method.train_step(self._shown(batch), self.step, update)
+        if not update.count:
+            raise TrainingError(f"{self.config.method.name}: train_step ended without an update")
+        missing = {name: value for name, value in scalars.items() if name not in update.scalars}
         self.step += 1
-        return {**scalars, "lr": rate}
+        return {**update.scalars, **_numbers(missing), "lr": rate}
 
-    def _checked(self, losses: Losses, batch: Batch) -> dict[str, float]:
-        values = torch.stack([value.detach().float() for value in losses.values()]).tolist()  # one wait for the GPU
-        scalars = dict(zip(losses, values, strict=True))
-        wrong = [name for name, value in scalars.items() if not np.isfinite(value)]
-        if wrong:
-            name = next((name for name in wrong if name != "loss/total"), wrong[0])
-            domain = self.task.sources[int(batch.domains[0])].name
-            raise TrainingError(
-                f"{name} is {scalars[name]} at step {self.step} (epoch {self.step // self.config.steps_per_epoch}, "
-                f"domain {domain}, learning rate {learning_rate(self.config, self.step):.2g}); {_REMEDY}"
-            )
-        return scalars
+    def _shown(self, batch: Batch) -> Batch:
+        """The batch on the device, augmented."""
+        placed = self._placed(batch)
+        if batch.second is not None:
+            placed = placed._replace(second=batch.second.to(self.device, non_blocking=True))
+        if self.augment is None:
+            return placed
+        views = [
+            self.augment(placed.images, self.batches.generator(self.step, view))
+            for view in range(self.method.layout.views)
+        ]
+        return placed._replace(images=views[0], second=views[1] if len(views) > 1 else None)
 
     def check_weights(self) -> None:
         """Raises TrainingError when a step left weights or statistics that are not finite (its loss may have been)."""
@@ -149,10 +124,11 @@ class Trainer:
             if not bool(values.isfinite().all()):
                 raise TrainingError(f"{name} is not finite after step {self.step}; {_REMEDY}")
 
-    def checkpoint(self, unit: str, seconds: float = 0.0) -> Checkpoint:
+    def checkpoint(self, unit: str, training: str, seconds: float = 0.0) -> Checkpoint:
         """The state after the last step."""
         return Checkpoint(
             unit=unit,
+            training=training,
             config=self.config,
             sources=tuple(source.name for source in self.task.sources),
             num_ids=tuple(source.num_ids for source in self.task.sources),
@@ -169,201 +145,61 @@ class Trainer:
         self.step = checkpoint.step
 
 
-def run_unit(
-    config: Config,
-    folder: Path,
-    *,
-    data_root: Path | None = None,
-    labels: RunLabels | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-    siblings: Sequence[Path] = (),
-) -> dict[str, Any]:
-    """Run one unit to its end in `folder`, going on from its checkpoint, and return the content of result.json.
+class _Update:
+    """The `lda.methods.base.Update` of one step, and what it saw."""
 
-    A finished unit is returned at once. Without `data_root` it runs on the stand-in, generated on first use. An
-    exception raised by `on_progress` ends the run and passes through; the checkpoint stays.
+    def __init__(self, trainer: Trainer, batch: Batch) -> None:
+        self._trainer, self._batch = trainer, batch
+        self.count = 0
+        self.scalars: dict[str, float] = {}
 
-    `siblings`: folders of other units on the same data. Where one of them is finished and differs in its target alone,
-    as the targets of Protocol-1 do, which share their sources, its training is taken over instead of being repeated.
-
-    Raises UsageError for bad data or settings, TrainingError for a loss that is not finite.
-    """
-    device = choose_device(config)
-    task = build_task(
-        config.protocol,
-        config.target,
-        data_root or ensure_standin(),
-        validation_fraction=config.validation_fraction,
-        cuhk03_boxes=config.cuhk03_boxes,
-        cuhk03_protocol=config.cuhk03_protocol,
-        msmt17_train=config.msmt17_train,
-    )
-    run = RunFolder(folder, config, config.unit_hash(task.data_hash))
-    finished = run.result()
-    if finished is not None:
-        return finished
-    write_json(folder / "env.json", environment(str(device)))
-    _take_over(run, config, task, siblings)
-    labels = labels or RunLabels(name=f"{config.method}-{config.target}-s{config.seed}")
-    data = "stand-in" if task.standin else "real"
-    details = {**config.to_dict(), "data": data, "sources": [s.name for s in task.sources], "versions": task.versions}
-    tracker = Tracker(folder, run.unit, details, labels, config.wandb)
-    try:
-        result = _Unit(config, task, device, run, tracker, on_progress or (lambda progress: None)).finish()
-    except BaseException:
-        tracker.finish(failed=True)
-        raise
-    tracker.finish()
-    return result
-
-
-def _take_over(run: RunFolder, config: Config, task: Task, siblings: Sequence[Path]) -> None:
-    """Copy checkpoint and metrics of a finished sibling whose training is this unit's."""
-    if config.selection == "oracle" or (run.path / "checkpoint.pt").exists():
-        return  # oracle validates on its own target while it trains
-    shapes = (tuple(source.name for source in task.sources), tuple(source.num_ids for source in task.sources))
-    for sibling in siblings:
-        if not (sibling / "result.json").is_file():
-            continue
-        try:
-            saved = read_checkpoint(sibling / "checkpoint.pt")
-            rows = read_metrics(sibling / "metrics.jsonl")
-        except (UsageError, OSError) as error:
-            print(f"warning: {error}; training again", file=sys.stderr)
-            continue
-        same = saved.config.replace(target=config.target).unit_hash() == config.unit_hash()
-        if same and (saved.sources, saved.num_ids) == shapes and saved.step == config.total_steps:
-            run.replace_rows(rows)
-            trained_in = saved.trained_in or sibling.name
-            own = replace(saved, unit=run.unit, config=config, seconds=0.0, trained_in=trained_in)
-            own.save(run.path / "checkpoint.pt")
-            return
-
-
-class _Unit:
-    """One pass from wherever the folder stands to result.json."""
-
-    def __init__(
-        self,
-        config: Config,
-        task: Task,
-        device: torch.device,
-        run: RunFolder,
-        tracker: Tracker,
-        on_progress: Callable[[Progress], None],
+    def __call__(
+        self, losses: Losses, groups: tuple[str, ...] = ("main",), rule: Literal["optimiser", "plain_sgd"] = "optimiser"
     ) -> None:
-        self.config, self.task, self.run, self.tracker, self.on_progress = config, task, run, tracker, on_progress
-        self.trainer = Trainer(config, task, device)
-        self.validation = [Evaluator([images], config, device) for images in task.validation]
-        self.test = Evaluator(chosen_splits(task.test_splits, config), config, device)
-        self.started = time.monotonic()
-        self.seconds_before = 0.0
-        self.images_per_second = 0.0
-        self.trained_in = ""
+        optimizer = self._trainer.optimizer
+        chosen = [group for group in optimizer.param_groups if group["name"] in groups]
+        if len(chosen) != len(groups):
+            there = ", ".join(group["name"] for group in optimizer.param_groups)
+            raise ValueError(f"update of groups {groups}: the method's parameter groups are {there}")
+        self._check(losses)
+        parameters = [parameter for group in chosen for parameter in group["params"]]
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self._trainer.device.type, enabled=False):
+            torch.autograd.backward(losses["loss/total"], inputs=parameters)
+        if rule == "optimiser":
+            optimizer.step()  # a parameter without a gradient keeps its value and its moments
+        else:
+            _plain_sgd(chosen)
+        if torch.is_autocast_enabled(self._trainer.device.type):
+            torch.clear_autocast_cache()  # it holds the weights as they were before the step
+        self.count += 1
 
-    def finish(self) -> dict[str, Any]:
-        """Train what is left, select, test, and write the result."""
-        self._resume()
-        self._fit()
-        per_source = self._validate() if self.config.selection == "source_validation" else {}
-        test = self.test(self.trainer.method)
-        score = float(np.mean(list(per_source.values()))) if per_source else test.mAP
-        self._save_bank()
-        result = {
-            **{key: getattr(self.config, key) for key in ("protocol", "target", "seed", "method")},
-            **metrics(test),
-            "inference": self.config.inference if self.config.method == "lda" else "plain",
-            "flip_test": self.config.flip_test,
-            "average_precision": self.config.average_precision,
-            "selection": {"rule": self.config.selection, "score": score, "per_source": per_source},
-            "data": "stand-in" if self.task.standin else "real",
-            "data_hash": self.task.data_hash,
-            "versions": self.task.versions,
-            "seconds": round(self._seconds(), 2),
-            "images_per_second": round(self.images_per_second, 1),
-            "steps": self.trainer.step,
-            "trained_in": self.trained_in,
-            "feature/norm": test.feature_norm,
-            "feature/effective_rank": test.effective_rank,
-        }
-        self.run.write_result(result)
-        self.tracker.summarise({f"test/{key}": result[key] for key in ("mAP", "rank1", "mINP")})
-        self.tracker.summarise({"val/score": score, "feature/effective_rank": test.effective_rank})
-        return {"unit": self.run.unit, **result}
-
-    def _resume(self) -> None:
-        path = self.run.path / "checkpoint.pt"
-        if not path.exists():
-            self.run.rewind(0)
+    def _check(self, losses: Losses) -> None:
+        scalars = _numbers(losses)  # one wait for the GPU
+        self.scalars |= scalars
+        wrong = [name for name, value in scalars.items() if not np.isfinite(value)]
+        if not wrong:
             return
-        try:
-            saved = read_checkpoint(path, self.trainer.device)
-        except UsageError as error:  # a damaged disk: nothing of this unit is finished, so it starts again
-            print(f"warning: {error}; starting the unit again", file=sys.stderr)
-            self.run.rewind(0)
-            return
-        self.trainer.restore(saved)
-        self.seconds_before = saved.seconds
-        self.run.rewind(saved.step, last=saved.step == self.config.total_steps)
-        self.trained_in = saved.trained_in
-        if self.trained_in:
-            rows = self.run.rows()
-            self.images_per_second = rows[-1]["images_per_second"]
-            for row in rows:  # W&B has not seen them in this run
-                self.tracker.log(row)
+        trainer, schedule = self._trainer, self._trainer.config.schedule
+        name = next((name for name in wrong if name != "loss/total"), wrong[0])
+        names = [trainer.task.sources[domain].name for domain in sorted(set(self._batch.domains.tolist()))]
+        raise TrainingError(
+            f"{name} is {scalars[name]} at step {trainer.step} (epoch {trainer.step // schedule.steps_per_epoch}, "
+            f"domain{'s' if len(names) > 1 else ''} {', '.join(names)}, learning rate "
+            f"{schedule.rate(trainer.step):.2g}); {_REMEDY}"
+        )
 
-    def _fit(self) -> None:
-        config, trainer = self.config, self.trainer
-        first_step, started = trainer.step, time.monotonic()
-        for batch in trainer.loader():
-            scalars = trainer.train_step(batch)
-            step, epoch = trainer.step, trainer.step // config.steps_per_epoch
-            images = (step - first_step) * config.ids_per_batch * config.images_per_id
-            self.images_per_second = images / (time.monotonic() - started)
-            if step % config.log_every == 0 or step == config.total_steps:
-                self._log({"step": step, "epoch": epoch, **scalars, "images_per_second": self.images_per_second})
-            score = None
-            if step % config.steps_per_epoch == 0:
-                trainer.check_weights()
-                if config.evaluate_every and epoch % config.evaluate_every == 0 and epoch < config.epochs:
-                    score = self._intermediate_score()
-                if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
-                    trainer.checkpoint(self.run.unit, self._seconds()).save(self.run.path / "checkpoint.pt")
-            self.on_progress(Progress(step, config.total_steps, epoch, self.images_per_second, score))
 
-    def _intermediate_score(self) -> float:
-        if self.config.selection == "source_validation":
-            return float(np.mean(list(self._validate().values())))
-        score = self.test(self.trainer.method).mAP  # oracle looks at the target, under that name only
-        self._log({"step": self.trainer.step, "epoch": self._epoch(), "val/oracle": score})
-        return score
+def _numbers(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    if not scalars:
+        return {}
+    values = torch.stack([value.detach().float() for value in scalars.values()]).tolist()
+    return dict(zip(scalars, values, strict=True))
 
-    def _validate(self) -> dict[str, float]:
-        """mAP on the held-out identities of every source; logged."""
-        evaluations = {validation.name: validation(self.trainer.method) for validation in self.validation}
-        scores = {name: evaluation.mAP for name, evaluation in evaluations.items()}
-        ranks = [evaluation.effective_rank for evaluation in evaluations.values()]
-        row = {"step": self.trainer.step, "epoch": self._epoch(), "val/mAP": float(np.mean(list(scores.values())))}
-        row |= {f"val/{name}/mAP": score for name, score in scores.items()}
-        self._log({**row, "feature/effective_rank": float(np.mean(ranks))})
-        return scores
 
-    def _epoch(self) -> int:
-        return self.trainer.step // self.config.steps_per_epoch
-
-    def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
-
-    def _log(self, row: dict[str, Any]) -> None:
-        self.run.log(row)
-        self.tracker.log(row)
-
-    def _save_bank(self) -> None:
-        """Write buffer_bank.npz and show its picture and table; the plain baseline has no bank."""
-        if not isinstance(self.trainer.method, LDA):
-            return
-        banks = dict(self.trainer.method.banks())
-        domains = [source.name for source in self.task.sources]
-        write_banks(self.run.path / "buffer_bank.npz", domains, banks)
-        self.tracker.log_image("buffer_bank", draw_banks(banks), f"rows per layer: {', '.join(domains)}")
-        self.tracker.log_table("buffer_bank_table", *tabulate_banks(domains, banks))
+@torch.no_grad()
+def _plain_sgd(groups: list[dict[str, object]]) -> None:
+    for group in groups:
+        for parameter in group["params"]:  # type: ignore[attr-defined]
+            if parameter.grad is not None:
+                parameter.sub_(group["lr"] * (parameter.grad + group["weight_decay"] * parameter))

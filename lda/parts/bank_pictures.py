@@ -1,32 +1,20 @@
-"""The Buffer Bank on disk (buffer_bank.npz), as a picture and as a table for the dashboard."""
+"""A Buffer Bank as a picture and as a table for the dashboard."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lda.files import atomic
-from lda.normalisation import BufferBank
+from lda.kept import Kept
+from lda.parts.bank import BufferBank, bank_arrays
 
 _CELL = (6, 4)  # pixels of one (domain, channel) cell: height, width
 _WIDTH = 1024
 # Dark blue over teal to yellow: perceived lightness rises evenly, also for colour-blind readers.
 _COLOURS = np.array([[32, 18, 77], [40, 92, 140], [33, 150, 136], [125, 204, 92], [253, 231, 37]], dtype=float)
-
-
-def write_banks(path: Path, domains: Sequence[str], banks: Mapping[str, BufferBank]) -> None:
-    """Write buffer_bank.npz atomically; keys as in `lda/runs.py`."""
-    arrays: dict[str, NDArray[Any]] = {"domains": np.array(domains), "layers": np.array(list(banks))}
-    for layer, bank in banks.items():
-        arrays[f"mean/{layer}"] = bank.mean.cpu().numpy()
-        arrays[f"var/{layer}"] = bank.var.cpu().numpy()
-        arrays[f"count/{layer}"] = np.array(bank.counts)
-    with atomic(path, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def draw_banks(banks: Mapping[str, BufferBank]) -> NDArray[np.uint8]:
@@ -60,3 +48,10 @@ def tabulate_banks(domains: Sequence[str], banks: Mapping[str, BufferBank]) -> t
         for k, domain in enumerate(domains)
     ]
     return ["layer", "domain", "updates", "mean of means", "mean of standard deviations"], rows
+
+
+def kept_banks(domains: list[str], banks: Mapping[str, BufferBank]) -> dict[str, Kept]:
+    """What a method with Buffer Banks leaves in its run folder: buffer_bank.npz, with picture and table."""
+    caption = f"rows per layer: {', '.join(domains)}"
+    kept = Kept(bank_arrays(domains, banks), draw_banks(banks), caption, tabulate_banks(domains, banks))
+    return {"buffer_bank": kept}

@@ -1,23 +1,23 @@
-"""Backbones, pooling and heads. One function converts a network's BatchNorm layers into Buffer Bank layers.
+"""Backbones with named stages, and the one function that converts their BatchNorm layers into others.
 
-Shapes: images (B, 3, H, W) -> map (B, C, h, w) after the last ReLU -> feature (B, C) -> logits (B, identities).
+Shapes: images (B, 3, H, W) -> map (B, C, h, w) after the last ReLU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import ResNet18_Weights, ResNet50_Weights, resnet18, resnet50
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from lda.errors import UsageError
-from lda.normalisation import BufferBank, BufferBankNorm2d, Expert, Switch
+from lda.groups import Setup
+from lda.parts.routes import statistics_held
 
 _SMALL_WIDTHS = (24, 48, 96, 192)
 
@@ -27,22 +27,41 @@ class Backbone(nn.Module):
 
     Attributes:
         channels: C of the map.
-        switch: the route switch of its Buffer Bank layers; unused by a network with plain layers.
+        replay: called in the forward pass, gives what a recomputation in the backward pass has to happen in. Layers
+            that know several ways need theirs again (`Switch.remembered`); plain layers need nothing.
     """
 
     def __init__(self, parts: Sequence[tuple[str, nn.Module]], channels: int, recompute: bool = False) -> None:
         super().__init__()
+        self._order = [name for name, _ in parts]
         for name, part in parts:
             self.add_module(name, part)
         self.channels = channels
         self.recompute = recompute
-        self.switch = Switch()
+        self.replay: Callable[[], Callable[[], AbstractContextManager[None]]] = lambda: nullcontext
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the residual stages, first to last: each is an `nn.Sequential` of blocks."""
+        return [name for name in self._order if name.startswith("layer")]
+
+    def stage_channels(self, stage: str) -> int:
+        """Channels of a stage's output."""
+        norms = [m for m in self.get_submodule(stage)[-1].children() if isinstance(m, nn.BatchNorm2d)]  # type: ignore[index]
+        return norms[-1].num_features
+
+    def insert_after(self, stage: str, name: str, module: nn.Module) -> None:
+        """Let a stage's output pass through `module`, registered under `name`; it is never recomputed."""
+        self.add_module(name, module)
+        self._order.insert(self._order.index(stage) + 1, name)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, h, w)."""
         x = images
-        for part in self.children():
-            if self.recompute and self.training and isinstance(part, nn.Sequential):
+        for name in self._order:
+            part = self.get_submodule(name)
+            if self.recompute and self.training and name.startswith("layer"):
+                assert isinstance(part, nn.Sequential), "a stage is a sequence of blocks"
                 for block in part:
                     x = self._recomputed(block, x)
             else:
@@ -50,24 +69,22 @@ class Backbone(nn.Module):
         return x
 
     def _recomputed(self, block: nn.Module, x: Tensor) -> Tensor:
-        # The second computation happens in the backward pass, when the switch may already stand elsewhere, and must
-        # not enter the batch into the bank again.
-        route = self.switch.route
-        replay = Expert(route.domain, record=False) if isinstance(route, Expert) else route
+        # The second computation happens in the backward pass, when a switch may already stand elsewhere, and must not
+        # enter the batch into statistics again.
+        way = self.replay()
 
         @contextmanager
         def second_time() -> Iterator[None]:
-            plain = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
-            momenta = [module.momentum for module in plain]
-            for module in plain:
-                module.momentum = 0.0
-            with self.switch.on(replay):
+            with way(), statistics_held(block):
                 yield
-            for module, momentum in zip(plain, momenta, strict=True):
-                module.momentum = momentum
 
         result: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), second_time()))
         return result
+
+
+def backbone_of(setup: Setup) -> Backbone:
+    """The network that a run's settings name; see `build_backbone`."""
+    return build_backbone(setup.network.backbone, setup.network.pretrained, setup.recompute)
 
 
 def build_backbone(name: str, pretrained: str = "none", recompute: bool = False) -> Backbone:
@@ -162,51 +179,3 @@ def convert_norm(network: nn.Module, make: Callable[[int], nn.Module], keep_firs
             for parameter in ("weight", "bias"):
                 getattr(new, parameter).copy_(getattr(old, parameter))
         setattr(parent, child, new)
-
-
-def add_buffer_banks(
-    backbone: Backbone, num_domains: int, momentum: float, an_affine: bool = False, keep_first: bool = False
-) -> None:
-    """Turn a plain backbone into the two-path network: a Buffer Bank of K domains at every normalisation layer."""
-
-    def make(num_features: int) -> BufferBankNorm2d:
-        return BufferBankNorm2d(BufferBank(num_domains, num_features, momentum), backbone.switch, an_affine)
-
-    convert_norm(backbone, make, keep_first)
-
-
-def use_instance_norm(backbone: Backbone) -> None:
-    """Turn a plain backbone into one with instance normalisation (affine, no running statistics) at every layer."""
-    convert_norm(backbone, lambda num_features: nn.InstanceNorm2d(num_features, affine=True))
-
-
-def gem(maps: Tensor, p: float) -> Tensor:
-    """Generalised-mean pooling, (N, C, H, W) -> (N, C): (mean_hw x^p)^(1/p), in fp32. p = 1 is average pooling."""
-    pooled = F.adaptive_avg_pool2d(maps.float().clamp_min(1e-6).pow(p), 1).flatten(1)
-    return pooled.pow(1.0 / p)
-
-
-class Head(nn.Module):
-    """BNNeck and bias-free linear classifier, one pair per group of identities.
-
-    A group is a source domain (`classifier=per_domain`) or all sources together (`joint`).
-
-    Args:
-        in_features: D of the feature.
-        num_ids: identities per group.
-    """
-
-    def __init__(self, in_features: int, num_ids: Sequence[int]) -> None:
-        super().__init__()
-        self.necks = nn.ModuleList(nn.BatchNorm1d(in_features) for _ in num_ids)
-        self.classifiers = nn.ModuleList(nn.Linear(in_features, n, bias=False) for n in num_ids)
-        for name, parameter in self.named_parameters():
-            if name.startswith("classifiers."):
-                nn.init.normal_(parameter, std=0.001)
-            elif name.endswith(".bias"):
-                parameter.requires_grad_(False)  # a BNNeck has no shift (Luo et al., arXiv 1903.07071)
-
-    def forward(self, features: Tensor, group: int) -> Tensor:
-        """(N, D) features of one group -> (N, identities of the group) logits."""
-        logits: Tensor = self.classifiers[group](self.necks[group](features))
-        return logits

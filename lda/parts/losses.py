@@ -1,0 +1,73 @@
+"""Losses and statistics that many methods share: identity and batch-hard triplet, moments of a map.
+
+Shapes: maps (N, C, H, W), the output of the last stage after its ReLU; features (N, D); labels (N,); statistics of a
+distribution (..., C). Functions only: what has memory lives in a bank or in the method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lda.settings import Range, Settings, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentitySettings(Settings):
+    """Settings of the identity losses; a method that uses them derives its own settings from these."""
+
+    label_smoothing: float = setting(
+        0.1, "of the cross-entropy", "ReNorm, META", low=0.0, high=0.99, search=Range(0.0, 0.3)
+    )
+    triplet_margin: float = setting(
+        0.3, "batch-hard margin", "META; ReNorm 0.5 / 1.0", low=0.0, high=10, search=Range(0.1, 1.0)
+    )
+    triplet_weight: float = setting(
+        1.0, "weight of the triplet loss", "ReNorm, META", low=0.0, high=100.0, search=Range(0.1, 10.0, log=True)
+    )
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian: mean (..., C) and variance (..., C)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def batch_statistics(maps: Tensor) -> Gaussian:
+    """Mean and unbiased variance of (N, C, H, W) over (n, h, w), as (C,) each, in fp32."""
+    var, mean = torch.var_mean(maps.float(), dim=(0, 2, 3), correction=1)
+    return Gaussian(mean, var)
+
+
+@torch.no_grad()
+def scale_of(features: Tensor, output: Gaussian) -> dict[str, Tensor]:
+    """Feature norm and mean standard deviation of the last map: matching moments can also be won by shrinking them."""
+    return {"feature/norm": features.detach().norm(dim=1).mean(), "feature/sigma": output.var.sqrt().mean()}
+
+
+def identity_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy with label smoothing: logits (N, ids), labels (N,)."""
+    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+
+def batch_hard_triplet_loss(features: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """Mean over anchors of [d(hardest positive) - d(hardest negative) + margin]_+ (Hermans et al., arXiv 1703.07737).
+
+    Euclidean distances between features (N, D) as they are (before the BNNeck, not normalised). Every identity of the
+    batch needs two images, and the batch two identities; raises ValueError otherwise.
+    """
+    features = features.float()
+    same = labels[:, None] == labels[None, :]
+    if labels.is_cpu and (bool((same.sum(1) < 2).any()) or bool(same.all())):
+        raise ValueError("batch-hard triplets need two images of every identity and two identities in a batch")
+    norms = features.square().sum(1)
+    squared = norms[:, None] + norms[None, :] - 2.0 * features @ features.T
+    distances = squared.clamp_min(1e-12).sqrt()
+    hardest_positive = distances.masked_fill(~same, 0.0).amax(1)
+    hardest_negative = distances.masked_fill(same, torch.inf).amin(1)
+    return F.relu(hardest_positive - hardest_negative + margin).mean()

@@ -1,0 +1,169 @@
+"""A trained method on the query and gallery of a target: encodings, ranking, metrics."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lda.config import Config
+from lda.data.cache import cache_dir
+from lda.data.catalogue import facts
+from lda.data.packed import pack
+from lda.data.sources import EvaluationSet
+from lda.data.transforms import normalise
+from lda.device import forward_context
+from lda.errors import UsageError
+from lda.groups import Test
+from lda.methods.base import Method, TargetImages
+from lda.ranking import RankingResult, Scorer, rank_encodings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of one target.
+
+    Attributes:
+        rankings: mAP, CMC and mINP of every split; one split where the data set has an official query and gallery.
+        effective_rank: of the queries' features: exp of the entropy of their normalised singular values (Roy and
+            Vetterli, 2007); falls towards 1 when features collapse. None where encodings are no vectors.
+    """
+
+    rankings: tuple[RankingResult, ...]
+    effective_rank: float | None
+
+    @property
+    def mAP(self) -> float:  # noqa: N802 - the field's spelling
+        """Mean over splits."""
+        return statistics.fmean(ranking.mAP for ranking in self.rankings)
+
+
+class Evaluator:
+    """The splits of one target, whose images are packed once and evaluated as often as wanted.
+
+    Every image is encoded once, however many splits use it.
+    """
+
+    def __init__(self, splits: Sequence[EvaluationSet], config: Config, device: torch.device) -> None:
+        self.splits, self.test, self.device = splits, config.test, device
+        self._batch = config.machine.evaluation_batch
+        records = [record for split in splits for record in (*split.query, *split.gallery)]
+        self._records = list({record.path: record for record in records}.values())
+        self._row = {record.path: row for row, record in enumerate(self._records)}
+        self._images = pack(self._records, config.batches.image_height, config.batches.image_width, cache_dir())
+        self._queries = sorted({self._row[record.path] for split in splits for record in split.query})
+
+    @property
+    def name(self) -> str:
+        """The data set."""
+        return self.splits[0].name
+
+    def __call__(self, method: Method) -> Evaluation:
+        """Evaluate with the method's test settings; leaves it in the mode and with the weights that it had."""
+        was_training = method.training
+        method.eval()
+        judged = self._adapted(method) if method.looks_at_target else method
+        scorer = judged.scorer()
+        encodings = self._encodings(judged, scorer)
+        method.train(was_training)
+        rankings = tuple(self._ranking(split, encodings, scorer) for split in self.splits)
+        rank = effective_rank(encodings[self._queries]) if encodings.ndim == 2 else None
+        return Evaluation(rankings, rank)
+
+    def _adapted(self, method: Method) -> Method:
+        adapted = copy.deepcopy(method)
+        adapted.adapt(self._unlabelled())
+        return adapted.eval()
+
+    def _unlabelled(self) -> Iterator[TargetImages]:
+        """What a method may see of the target: no identity is among it."""
+        asked = set(self._queries)
+        sides = {"query": self._queries, "gallery": [row for row in range(len(self._records)) if row not in asked]}
+        for side, rows in sides.items():
+            for start in range(0, len(rows), self._batch):
+                part = rows[start : start + self._batch]
+                images = normalise(self._images.batch(np.array(part)).to(self.device))
+                camids = torch.tensor([self._records[row].camid for row in part])
+                yield TargetImages(images, camids, "query" if side == "query" else "gallery")
+
+    def _ranking(self, split: EvaluationSet, encodings: Tensor, scorer: Scorer) -> RankingResult:
+        ranking = rank_encodings(
+            scorer,
+            encodings[[self._row[record.path] for record in split.query]],
+            encodings[[self._row[record.path] for record in split.gallery]],
+            [record.pid for record in split.query],
+            [record.pid for record in split.gallery],
+            [record.camid for record in split.query],
+            [record.camid for record in split.gallery],
+            ap=self.test.average_precision,
+            camera_rule=split.camera_rule,
+            single_gallery_shot=split.single_gallery_shot,
+        )
+        single = facts(split.name).single_shot and self.test.average_precision == "step"
+        if single and not math.isclose(ranking.mAP, ranking.mINP, abs_tol=1e-9):
+            raise RuntimeError(
+                f"{split.name}: mINP {ranking.mINP} is not mAP {ranking.mAP}, though every query has one match; "
+                "the query and gallery lists are wrong"
+            )
+        return ranking
+
+    @torch.inference_mode()
+    def _encodings(self, method: Method, scorer: Scorer) -> Tensor:
+        """The encodings of all images, (N, ...)."""
+        if self.test.flip_test and not scorer.adds_flip:
+            raise UsageError(f"flip_test: encodings of {method.title} cannot be added; set flip_test=false")
+        found: list[Tensor] = []
+        for start in range(0, len(self._records), self._batch):
+            rows = np.arange(start, min(start + self._batch, len(self._records)))
+            images = normalise(self._images.batch(rows).to(self.device))
+            with forward_context(self.device):
+                output = method.encode(images)
+                if self.test.flip_test:
+                    output = output + method.encode(images.flip(3))
+            found.append(output.float())
+        return torch.cat(found)
+
+
+def chosen_splits(splits: Sequence[EvaluationSet], test: Test) -> Sequence[EvaluationSet]:
+    """All splits of a target, or the one of `test_split`. Raises UsageError when there is no such split."""
+    if test.test_split < 0:
+        return splits
+    if test.test_split >= len(splits):
+        raise UsageError(
+            f"test_split: {splits[0].name} has {len(splits)} split(s), numbered from 0; got {test.test_split}"
+        )
+    return splits[test.test_split : test.test_split + 1]
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp(entropy) of the normalised singular values of centred features (N, D): between 1 and min(N - 1, D)."""
+    singular = torch.linalg.svdvals((features - features.mean(0)).double())
+    share = singular / singular.sum().clamp_min(1e-12)
+    return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
+
+
+def metrics(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as keys of result.json: fractions, means over splits, and every split where there are several."""
+    rows = [
+        {
+            "mAP": ranking.mAP,
+            "rank1": ranking.rank1,
+            "rank5": ranking.rank5,
+            "rank10": ranking.rank10,
+            "mINP": ranking.mINP,
+            "num_valid_queries": ranking.num_valid_queries,
+        }
+        for ranking in evaluation.rankings
+    ]
+    if len(rows) == 1:
+        return {**rows[0], "num_splits": 1}
+    means = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
+    spread = {f"{key}_std": statistics.stdev(row[key] for row in rows) for key in ("mAP", "rank1")}
+    return {**means, "num_splits": len(rows), **spread, "splits": rows}

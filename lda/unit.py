@@ -1,0 +1,279 @@
+"""One unit from its settings to result.json: train on the sources, select, test once on the unseen target."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lda.checkpoint import Checkpoint, read_checkpoint
+from lda.config import Config
+from lda.data.sources import Task, build_task
+from lda.data.standin.tree import ensure_standin
+from lda.device import choose_device
+from lda.errors import UsageError
+from lda.runs import Content, Cost, Result, RunFolder, Selection
+from lda.testing import Evaluation, Evaluator, chosen_splits, metrics
+from lda.tracking import RunLabels, Tracker
+from lda.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: training steps done, of total_steps.
+        epoch: epochs completed.
+        images_per_second: training throughput so far in this process.
+        score: the selection score of a validation just made, else None.
+    """
+
+    step: int
+    total_steps: int
+    epoch: int
+    images_per_second: float
+    score: float | None = None
+
+
+def run_unit(
+    config: Config,
+    folder: Path,
+    *,
+    data_root: Path | None = None,
+    labels: RunLabels | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    trained: Sequence[Path] = (),
+) -> Result:
+    """Run one unit to its end in `folder`, going on from its checkpoint, and return what result.json says.
+
+    A finished unit is returned at once. Without `data_root` it runs on the stand-in, generated on first use. An
+    exception raised by `on_progress` ends the run and passes through; the checkpoint stays.
+
+    `trained`: folders of other units. Where one holds a finished training with this unit's training hash, as the
+    targets of Protocol-1 do, which share their sources, it is taken over instead of being repeated.
+
+    Raises UsageError for bad data or settings, TrainingError for a loss that is not finite.
+    """
+    device = choose_device(config.machine)
+    task = build_task(
+        config.run.protocol,
+        config.run.target,
+        data_root or ensure_standin(),
+        options=config.data,
+        validation_fraction=config.selection.validation_fraction,
+    )
+    training = config.training_hash(task.content.sources)
+    unit = config.unit_hash(task.content.sources, task.content.target)
+    run = RunFolder(folder, unit, training, config.to_dict())
+    finished = run.result()
+    if finished is not None:
+        return finished
+    run.write_environment(str(device))
+    _take_over(run, config, trained)
+    labels = labels or RunLabels(name=f"{config.method.name}-{config.run.target}-s{config.run.seed}")
+    details = {
+        **config.to_dict(),
+        "data": _data(task),
+        "sources": [source.name for source in task.sources],
+        "versions": task.versions,
+    }
+    tracker = Tracker(folder, unit, details, labels, config.machine.wandb)
+    try:
+        result = _Unit(config, task, device, run, tracker, on_progress or (lambda progress: None)).complete()
+    except BaseException:
+        tracker.finish(failed=True)
+        raise
+    tracker.finish()
+    return result
+
+
+def _data(task: Task) -> str:
+    return "stand-in" if task.content.standin else "real"
+
+
+def _take_over(run: RunFolder, config: Config, trained: Sequence[Path]) -> None:
+    """Copy checkpoint and metrics of a finished training that is this unit's."""
+    if config.selection.selection == "oracle" or run.checkpoint.exists():
+        return  # oracle validates on its own target while it trains
+    for folder in trained:
+        theirs = RunFolder.at(folder)
+        try:
+            saved = read_checkpoint(theirs.checkpoint)
+            rows = theirs.rows()
+        except (UsageError, OSError) as error:
+            print(f"warning: {error}; training again", file=sys.stderr)
+            continue
+        if saved.training == run.training and saved.complete:
+            run.replace_rows(rows)
+            trained_in = saved.trained_in or f"{folder.parent.name}/{folder.name}"
+            own = replace(saved, unit=run.unit, config=config, seconds=0.0, trained_in=trained_in)
+            own.save(run.checkpoint)
+            return
+
+
+class _Unit:
+    """One pass from wherever the folder stands to result.json."""
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        device: torch.device,
+        run: RunFolder,
+        tracker: Tracker,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self.config, self.task, self.run, self.tracker, self.on_progress = config, task, run, tracker, on_progress
+        self.trainer = Trainer(config, task, device)
+        self.validation = [Evaluator([images], config, device) for images in task.validation]
+        self.test = Evaluator(chosen_splits(task.test_splits, config.test), config, device)
+        self.started = time.monotonic()
+        self.seconds_before = 0.0
+        self.images_per_second = 0.0
+        self.trained_in = ""
+
+    def complete(self) -> Result:
+        """Train what is left, select, test, and write the result."""
+        self._resume()
+        self._fit()
+        per_source = self._validate() if self.config.selection.selection == "source_validation" else {}
+        test = self.test(self.trainer.method)
+        score = float(np.mean(list(per_source.values()))) if per_source else test.mAP
+        self._keep()
+        result = self._result(test, Selection(self.config.selection.selection, score, per_source))
+        self.run.write_result(result)
+        self.tracker.summarise({"test/mAP": result.mAP, "test/rank1": result.rank1, "test/mINP": result.mINP})
+        self.tracker.summarise({"val/score": score, "target_data": result.target_data})
+        if test.effective_rank is not None:
+            self.tracker.summarise({"feature/effective_rank": test.effective_rank})
+        return result
+
+    def _result(self, test: Evaluation, selection: Selection) -> Result:
+        config, method, content = self.config, self.trainer.method, self.task.content
+        cost = method.cost
+        return Result(
+            unit=self.run.unit,
+            training=self.run.training,
+            protocol=config.run.protocol,
+            target=config.run.target,
+            seed=config.run.seed,
+            method=config.method.name,
+            title=method.label,
+            reconstructed=method.reconstructed,
+            target_data=method.looks_at_target,
+            **metrics(test),
+            inference=method.inference,
+            flip_test=config.test.flip_test,
+            average_precision=config.test.average_precision,
+            cuhk03_boxes=config.data.cuhk03_boxes,
+            cuhk03_protocol=config.data.cuhk03_protocol,
+            selection=selection,
+            data=_data(self.task),
+            content=Content(dict(content.sources), content.target),
+            versions=dict(self.task.versions),
+            seconds=round(self._seconds(), 2),
+            images_per_second=round(self.images_per_second, 1),
+            steps=self.trainer.step,
+            trained_in=self.trained_in,
+            cost=Cost(cost.train_passes, cost.test_forwards, cost.test),
+            parameters=sum(parameter.numel() for parameter in method.parameters()),
+            effective_rank=test.effective_rank,
+        )
+
+    def _resume(self) -> None:
+        saved = self._saved()
+        if saved is None:
+            self.run.rewind(0)
+            return
+        self.trainer.restore(saved)
+        self.seconds_before = saved.seconds
+        self.run.rewind(saved.step, last=saved.complete)
+        self.trained_in = saved.trained_in
+        if self.trained_in:
+            rows = self.run.rows()
+            self.images_per_second = rows[-1]["images_per_second"]
+            for row in rows:  # W&B has not seen them in this run
+                self.tracker.log(row)
+
+    def _saved(self) -> Checkpoint | None:
+        if not self.run.checkpoint.exists():
+            return None
+        try:
+            return read_checkpoint(self.run.checkpoint, self.trainer.device)
+        except UsageError as error:  # a damaged disk: nothing of this unit is finished, so it starts again
+            print(f"warning: {error}; starting the unit again", file=sys.stderr)
+            return None
+
+    def _fit(self) -> None:
+        schedule, machine, trainer = self.config.schedule, self.config.machine, self.trainer
+        if trainer.step == 0:
+            trainer.prepare()
+        batches = trainer.loader()
+        images, seconds, began = 0, 0.0, time.monotonic()
+        for batch in batches:
+            scalars = trainer.train_step(batch)
+            seconds += time.monotonic() - began  # waiting for the batch and the step; not validation and checkpoints
+            images += len(batch.labels)
+            self.images_per_second = images / seconds
+            step, epoch = trainer.step, self._epoch()
+            if step % machine.log_every == 0 or step == schedule.total_steps:
+                self._log({"step": step, "epoch": epoch, **scalars, "images_per_second": self.images_per_second})
+            score = self._end_of_epoch(epoch) if step % schedule.steps_per_epoch == 0 else None
+            self.on_progress(Progress(step, schedule.total_steps, epoch, self.images_per_second, score))
+            began = time.monotonic()
+
+    def _end_of_epoch(self, epoch: int) -> float | None:
+        """Check, validate and save where it is time for it. Returns the score of a validation."""
+        machine, last = self.config.machine, epoch == self.config.schedule.epochs
+        self.trainer.check_weights()
+        score = None
+        if machine.evaluate_every and epoch % machine.evaluate_every == 0 and not last:
+            score = self._intermediate_score()
+        if epoch % machine.checkpoint_every == 0 or last:
+            saved = self.trainer.checkpoint(self.run.unit, self.run.training, self._seconds())
+            saved.save(self.run.checkpoint)
+        return score
+
+    def _intermediate_score(self) -> float:
+        if self.config.selection.selection == "source_validation":
+            return float(np.mean(list(self._validate().values())))
+        score = self.test(self.trainer.method).mAP  # oracle looks at the target, under that name only
+        self._log({"step": self.trainer.step, "epoch": self._epoch(), "val/oracle": score})
+        return score
+
+    def _validate(self) -> dict[str, float]:
+        """mAP on the held-out identities of every source; logged."""
+        evaluations = {validation.name: validation(self.trainer.method) for validation in self.validation}
+        scores = {name: evaluation.mAP for name, evaluation in evaluations.items()}
+        row = {"step": self.trainer.step, "epoch": self._epoch(), "val/mAP": float(np.mean(list(scores.values())))}
+        row |= {f"val/{name}/mAP": score for name, score in scores.items()}
+        ranks = [e.effective_rank for e in evaluations.values() if e.effective_rank is not None]
+        self._log({**row, **({"feature/effective_rank": float(np.mean(ranks))} if ranks else {})})
+        return scores
+
+    def _epoch(self) -> int:
+        return self.trainer.step // self.config.schedule.steps_per_epoch
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.run.log(row)
+        self.tracker.log(row)
+
+    def _keep(self) -> None:
+        """Write what the method keeps, and show it on the dashboard."""
+        domains = [source.name for source in self.task.sources]
+        for name, kept in self.trainer.method.kept(domains).items():
+            self.run.keep(name, kept.arrays)
+            if kept.picture is not None:
+                self.tracker.log_image(name, kept.picture, kept.caption)
+            if kept.table is not None:
+                self.tracker.log_table(f"{name}_table", *kept.table)
