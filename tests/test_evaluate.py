@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lda.method import build_method
 from PIL import Image
 
 from lda.config import preset
@@ -14,7 +15,6 @@ from lda.data.records import ImageRecord
 from lda.data.sources import EvaluationSet
 from lda.errors import UsageError
 from lda.evaluate import Evaluation, Evaluator, chosen_splits, effective_rank, metrics
-from lda.method import build_method
 from lda.ranking import RankingResult
 
 CPU = torch.device("cpu")

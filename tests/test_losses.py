@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from lda.losses import Gaussian
 from torch import Tensor
 
 from lda import losses
-from lda.losses import Gaussian
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-
-from lda.config import Config, preset
-from lda.errors import UsageError
 from lda.losses import Gaussian, alignment_loss, batch_hard_triplet_loss, consistency_loss, identity_loss
 from lda.method import LDA, Baseline, build_method
 from lda.networks import gem
 from lda.normalisation import AntiNormalised, Expert
+
+from lda.config import Config, preset
+from lda.errors import UsageError
 
 NUM_IDS = (5, 7, 6)
 

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+from lda.networks import Backbone, Head, add_buffer_banks, build_backbone, gem, use_instance_norm
+from lda.normalisation import AntiNormalised, BufferBankNorm2d, Expert, MeanExpert, named_banks
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from lda.errors import UsageError
-from lda.networks import Backbone, Head, add_buffer_banks, build_backbone, gem, use_instance_norm
-from lda.normalisation import AntiNormalised, BufferBankNorm2d, Expert, MeanExpert, named_banks
 
 
 @pytest.fixture

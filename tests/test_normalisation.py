@@ -6,9 +6,8 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from lda.normalisation import AntiNormalised, BufferBank, BufferBankNorm2d, Expert, MeanExpert, Switch, named_banks
+from torch import Tensor, nn
 
 K, C, N, H, W = 3, 5, 4, 6, 7
 EPS = 1e-5

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from lda.bank_files import draw_banks, tabulate_banks, write_banks
+from lda.normalisation import BufferBank
+
 from lda.config import preset
 from lda.errors import UsageError
 from lda.files import atomic, write_json
-from lda.normalisation import BufferBank
 from lda.runs import RunFolder, environment, read_metrics
 
 

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from lda.method import build_method
 from PIL import Image
 
 from lda.config import preset
@@ -20,7 +21,6 @@ from lda.data.standin.cuhk03_release import write_release
 from lda.data.survey import MARKER
 from lda.errors import UsageError
 from lda.evaluate import Evaluator
-from lda.method import build_method
 
 
 @pytest.fixture(scope="module")

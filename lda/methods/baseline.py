@@ -72,4 +72,4 @@ class Baseline(Method):
 
 def use_instance_norm(backbone: Backbone) -> None:
     """Turn a plain backbone into one with instance normalisation (affine, no running statistics) at every layer."""
-    convert_norm(backbone, lambda num_features: nn.InstanceNorm2d(num_features, affine=True))
+    convert_norm(backbone, lambda old: nn.InstanceNorm2d(old.num_features, affine=True))

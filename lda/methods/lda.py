@@ -203,8 +203,8 @@ def add_buffer_banks(
     """
     switch: Switch[Route] = Switch()
 
-    def make(num_features: int) -> BufferBankNorm2d:
-        return BufferBankNorm2d(BufferBank(num_domains, num_features, momentum), switch, an_affine)
+    def make(old: nn.BatchNorm2d) -> BufferBankNorm2d:
+        return BufferBankNorm2d(BufferBank(num_domains, old.num_features, momentum), switch, an_affine)
 
     convert_norm(backbone, make, keep_first)
     backbone.replay = switch.remembered

@@ -163,19 +163,22 @@ def _small_parts() -> list[tuple[str, nn.Module]]:
     return parts
 
 
-def convert_norm(network: nn.Module, make: Callable[[int], nn.Module], keep_first: bool = False) -> None:
-    """Replace every `nn.BatchNorm2d` of `network`, in place, by `make(num_features)` with the same weight and bias.
+def convert_norm(
+    network: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module], keep_first: bool = False
+) -> None:
+    """Replace every `nn.BatchNorm2d` of `network`, in place, by `make(old layer)`, with the old one's gamma and beta
+    where the new one has them.
 
     `keep_first` leaves the stem's layer as it is (ReNorm's choice).
     """
     sites = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
     for name in sites[1:] if keep_first else sites:
         parent_name, _, child = name.rpartition(".")
-        parent = network.get_submodule(parent_name)
         old = network.get_submodule(name)
         assert isinstance(old, nn.BatchNorm2d)
-        new = make(old.num_features)
+        new = make(old)
         with torch.no_grad():
             for parameter in ("weight", "bias"):
-                getattr(new, parameter).copy_(getattr(old, parameter))
-        setattr(parent, child, new)
+                if isinstance(own := getattr(new, parameter, None), nn.Parameter):
+                    own.copy_(getattr(old, parameter))
+        setattr(network.get_submodule(parent_name), child, new)
