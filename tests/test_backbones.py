@@ -6,12 +6,15 @@ import copy
 
 import pytest
 import torch
-from lda.networks import Backbone, Head, add_buffer_banks, build_backbone, gem, use_instance_norm
-from lda.normalisation import AntiNormalised, BufferBankNorm2d, Expert, MeanExpert, named_banks
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from lda.errors import UsageError
+from lda.methods.baseline import use_instance_norm
+from lda.methods.lda import AntiNormalised, BufferBankNorm2d, Expert, MeanExpert, Route, add_buffer_banks, named_banks
+from lda.parts.backbones import Backbone, build_backbone
+from lda.parts.heads import Head, gem
+from lda.parts.routes import Switch
 
 
 @pytest.fixture
@@ -19,11 +22,10 @@ def images() -> Tensor:
     return torch.randn(4, 3, 64, 32, generator=torch.Generator().manual_seed(0))
 
 
-def converted(name: str = "small", recompute: bool = False) -> Backbone:
+def converted(name: str = "small", recompute: bool = False) -> tuple[Backbone, Switch[Route]]:
     torch.manual_seed(0)
     backbone = build_backbone(name, recompute=recompute)
-    add_buffer_banks(backbone, num_domains=3, momentum=0.9)
-    return backbone
+    return backbone, add_buffer_banks(backbone, num_domains=3, momentum=0.9)
 
 
 @pytest.mark.parametrize(
@@ -64,13 +66,13 @@ def test_conversion_keeps_the_function_of_one_domain(images: Tensor) -> None:
     for _ in range(3):
         plain(images)
     ours = copy.deepcopy(plain)
-    add_buffer_banks(ours, num_domains=1, momentum=0.9)
+    switch = add_buffer_banks(ours, num_domains=1, momentum=0.9)
     for name, bank in named_banks(ours):
         old = plain.get_submodule(name)
         bank.mean[0].copy_(old.running_mean)
         bank.var[0].copy_(old.running_var)
-    with ours.eval().switch.on(MeanExpert()):
-        torch.testing.assert_close(ours(images), plain.eval()(images))
+    with switch.on(MeanExpert()):
+        torch.testing.assert_close(ours.eval()(images), plain.eval()(images))
 
 
 def test_keep_first_leaves_the_stem(images: Tensor) -> None:
@@ -91,11 +93,11 @@ def test_recomputation_changes_nothing(route: object, images: Tensor) -> None:
     """Same gradients and banks with activation checkpointing: the second computation must not update twice."""
     grads, banks = [], []
     for recompute in (False, True):
-        backbone = converted(recompute=recompute)
+        backbone, switch = converted(recompute=recompute)
         for _ in range(2):
-            with backbone.switch.on(route):
+            with switch.on(route):
                 y = backbone(images)
-            with backbone.switch.on(MeanExpert()):  # the switch stands elsewhere when the backward pass recomputes
+            with switch.on(MeanExpert()):  # the switch stands elsewhere when the backward pass recomputes
                 y.square().mean().backward()
         # gamma and beta take no part in Network-A
         grads.append([torch.zeros(1) if p.grad is None else p.grad for p in backbone.parameters()])
@@ -113,8 +115,29 @@ def test_recomputation_of_plain_batch_norm_updates_once(images: Tensor) -> None:
         torch.manual_seed(0)
         backbone = build_backbone("small", recompute=recompute)
         backbone(images).sum().backward()
-        running.append(backbone.get_submodule("layer2.0.bn1").running_mean)
-    assert torch.equal(*running)
+        norm = backbone.get_submodule("layer2.0.bn1")
+        running.append((norm.running_mean, norm.num_batches_tracked))
+    assert torch.equal(running[0][0], running[1][0])
+    assert running[0][1] == running[1][1] == 1
+
+
+def test_a_module_after_a_stage_sees_its_output(images: Tensor) -> None:
+    """Stages have names; what is put after one changes nothing else, and is not recomputed."""
+    torch.manual_seed(0)
+    backbone = build_backbone("small")
+    plain = copy.deepcopy(backbone)
+    assert backbone.stages == ["layer1", "layer2", "layer3", "layer4"]
+    assert [backbone.stage_channels(stage) for stage in backbone.stages] == [24, 48, 96, 192]
+    seen = []
+
+    class Watch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return x
+
+    backbone.insert_after("layer2", "watch", Watch())
+    assert torch.equal(backbone(images), plain(images))
+    assert [x.shape[1] for x in seen] == [48]
 
 
 def test_gem_equals_loop() -> None:
@@ -168,9 +191,9 @@ def test_bad_weights_are_one_clear_line(tmp_path) -> None:
 
 
 def test_layers_share_one_switch() -> None:
-    backbone = converted()
+    backbone, switch = converted()
     layers = [m for m in backbone.modules() if isinstance(m, BufferBankNorm2d)]
-    assert {id(layer.switch) for layer in layers} == {id(backbone.switch)}
+    assert {id(layer.switch) for layer in layers} == {id(switch)}
 
 
 def test_imagenet_weights_without_network_are_one_clear_line(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

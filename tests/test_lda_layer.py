@@ -6,8 +6,18 @@ import copy
 
 import pytest
 import torch
-from lda.normalisation import AntiNormalised, BufferBank, BufferBankNorm2d, Expert, MeanExpert, Switch, named_banks
 from torch import Tensor, nn
+
+from lda.methods.lda import (
+    AntiNormalised,
+    BufferBankNorm2d,
+    Expert,
+    InstanceNormalised,
+    MeanExpert,
+    named_banks,
+)
+from lda.parts.bank import BufferBank
+from lda.parts.routes import Switch, statistics_held
 
 K, C, N, H, W = 3, 5, 4, 6, 7
 EPS = 1e-5
@@ -70,7 +80,7 @@ def test_first_update_copies(x: Tensor) -> None:
     assert layer.bank.seen() == [2]
 
 
-@pytest.mark.parametrize("route", [AntiNormalised(0), AntiNormalised(None), MeanExpert(), Expert(1, record=False)])
+@pytest.mark.parametrize("route", [AntiNormalised(0), InstanceNormalised(), MeanExpert()])
 @pytest.mark.parametrize("training", [True, False])
 def test_only_expert_in_training_writes(layer: BufferBankNorm2d, x: Tensor, route: object, training: bool) -> None:
     before = copy.deepcopy(layer.state_dict())
@@ -146,7 +156,7 @@ def test_no_gradient_reaches_the_bank(layer: BufferBankNorm2d, x: Tensor) -> Non
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
 
 
-@pytest.mark.parametrize("route", [Expert(0), AntiNormalised(1), AntiNormalised(None)])
+@pytest.mark.parametrize("route", [Expert(0), AntiNormalised(1), InstanceNormalised()])
 def test_constant_channel_gives_finite_gradients(layer: BufferBankNorm2d, x: Tensor, route: object) -> None:
     x[:, 2] = 1.5
     x.requires_grad_()
@@ -188,7 +198,8 @@ def test_route_is_required_and_restored(layer: BufferBankNorm2d, x: Tensor) -> N
         layer(x)
     with pytest.raises(ZeroDivisionError), layer.switch.on(MeanExpert()):
         raise ZeroDivisionError
-    assert layer.switch.route is None
+    with pytest.raises(RuntimeError, match="needs a route"):
+        layer(x)
 
 
 def test_bank_rejects_bad_arguments() -> None:
@@ -201,3 +212,15 @@ def test_named_banks_in_network_order() -> None:
     network = nn.Sequential(BufferBankNorm2d(BufferBank(K, 2, 0.9), switch), nn.ReLU())
     network.append(BufferBankNorm2d(BufferBank(K, 4, 0.9), switch))
     assert [(name, bank.mean.shape[1]) for name, bank in named_banks(network)] == [("0", 2), ("2", 4)]
+
+
+def test_held_statistics_normalise_as_ever_and_write_nothing(layer: BufferBankNorm2d, x: Tensor) -> None:
+    recorded = run(copy.deepcopy(layer), Expert(1), x)
+    before = copy.deepcopy(layer.state_dict())
+    with statistics_held(layer):
+        held = run(layer, Expert(1), x)
+    assert torch.equal(held, recorded)
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    run(layer, Expert(1), x)
+    assert layer.bank.counts == [1, 2, 1]
