@@ -1,26 +1,38 @@
-"""Retrieval metrics of person ReID: mAP, CMC (Rank-k) and mINP, in bounded memory.
+"""Retrieval metrics of person ReID: mAP, CMC (Rank-k) and mINP, from any scorer of pairs, in bounded memory.
 
-Shapes: Q queries, G gallery images, D feature size, C queries of one chunk, M most matches of a query in the chunk.
+Shapes: Q queries, G gallery images, D feature size, C queries of one chunk, W gallery images of one block, M most
+matches of a query in the chunk.
 
-For one query let r_1 < ... < r_n be the 1-based ranks of its n matches in the gallery sorted by falling cosine
-similarity, after the same-camera rule. Then
+For one query let r_1 < ... < r_n be the 1-based ranks of its n matches in the gallery sorted by falling score, after
+the same-camera rule. Then
 
     CMC@k = 1 if r_1 <= k else 0          AP = mean_i i / r_i          INP = n / r_n
 
 averaged over the queries that have a match left. Only these ranks are needed, and the i-th match has rank
-i + (non-matches at least as similar as it), so the gallery is counted, never sorted: what costs is the matrix product.
+i + (non-matches at least as similar as it), so the gallery is counted, never sorted: what costs is the scores.
 
-Ties count against the query. Two similarities closer than `TIE` are equal as far as a float32 product can tell, and a
+Three doors, one code behind them: `rank_blocks` takes scores block by block, `rank_encodings` takes encodings of images
+and a `Scorer` that compares them, `evaluate_ranking` takes feature vectors and compares them by cosine.
+
+Ties count against the query. Two scores closer than `tie` are equal as far as their arithmetic can tell, and a
 non-match that ties with a match ranks before it. So features that say nothing (a collapsed network) score worst
 instead of scoring the order of a file list, and the order of the gallery and the chunking do not matter: one product
 of the same two vectors differs in its last digits between positions and shapes of a matrix, up to 6e-8 on a CPU.
+
+`tie` is absolute, in the units of the scores, and the scorer states it. A tie relative to the score itself would be
+wrong: the rounding of a float32 sum goes with the size of its terms, not with what is left of them, so near zero such
+a tie vanishes just where the digits are noise, and an offset added to every score would change which of them tie. One
+relative to the largest score would let a single distractor change the ties of everybody else. Only the scorer knows
+the size of its terms; `4 * eps * (largest sum of their absolute values)` is a good choice, and for cosines it is `TIE`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator, Sized
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,6 +54,12 @@ AVERAGE_PRECISIONS = ("step", "trapezoid")
 
 SHOT_DRAWS = 10
 """Random galleries of one image per person behind a query of CUHK03's old protocol."""
+
+_CHECKED = 1024  # encodings checked at a time
+
+Scores = Callable[[slice, slice], Tensor]
+"""(queries, gallery images) -> their scores, (C, W) floats on any device, larger = more alike. Both slices have a start
+and a stop. A score may not depend on the block it is asked in, beyond `tie`."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,57 @@ class RankingResult:
         return self.cmc[9]
 
 
-@torch.no_grad()
+class Scorer(Protocol):
+    """How encodings of images are compared: a method's half of `rank_encodings`.
+
+    Encodings are float tensors whose first axis is the image: (N, D) vectors, (N, channels, height, width) maps.
+    """
+
+    @property
+    def tie(self) -> float:
+        """Scores closer than this are equal, in the units of the scores; see the top of `lda.ranking`."""
+
+    @property
+    def pairs_per_block(self) -> int | None:
+        """Most pairs compared at a time, which bounds the scorer's own memory; None: a query chunk and the gallery."""
+
+    @property
+    def adds_flip(self) -> bool:
+        """Whether the encodings of an image and of its mirror image may be added: yes for vectors, no for maps."""
+
+    @property
+    def pair_cost(self) -> int | None:
+        """Multiply-adds of comparing one pair, to state what a test costs; None: one product of two vectors."""
+
+    def prepare(self, encodings: Tensor) -> Tensor:
+        """What depends on one image only, done once for the gallery and once a block for queries: (N, ...) -> (N, ...).
+
+        Raises UsageError for encodings that the scorer cannot compare.
+        """
+
+    def scores(self, query: Tensor, gallery: Tensor) -> Tensor:
+        """(C, W) scores of prepared encodings (C, ...) and (W, ...), larger = more alike. No state, no gradient."""
+
+
+class CosineScorer:
+    """Cosine similarity of (N, D) feature vectors, one matrix product a query chunk. The default of every method."""
+
+    tie = TIE
+    pairs_per_block: int | None = None
+    adds_flip = True
+    pair_cost: int | None = None
+
+    def prepare(self, encodings: Tensor) -> Tensor:
+        """L2-normalise (N, D). Raises UsageError for anything but vectors."""
+        if encodings.ndim != 2:
+            raise UsageError(f"cosine similarity: expected (N, D) features, got shape {tuple(encodings.shape)}")
+        return F.normalize(_at_least_single(encodings), dim=1)
+
+    def scores(self, query: Tensor, gallery: Tensor) -> Tensor:
+        """Cosines (C, W) of unit vectors (C, D) and (W, D)."""
+        return query @ gallery.T
+
+
 def evaluate_ranking(
     query: Tensor,
     gallery: Tensor,
@@ -95,8 +163,100 @@ def evaluate_ranking(
     Args:
         query: (Q, D) floating-point features on any device, L2-normalised here.
         gallery: (G, D), same device.
+        query_pids, gallery_pids, query_camids, gallery_camids, ap, camera_rule, chunk, single_gallery_shot: see
+            `rank_blocks`.
+
+    Raises:
+        UsageError: (a ValueError) sizes that do not fit, features that are not finite, an unknown `ap`, or no query
+            with a match left.
+    """
+    ids = (query_pids, gallery_pids, query_camids, gallery_camids)
+    return rank_encodings(
+        CosineScorer(), query, gallery, *ids,
+        ap=ap, camera_rule=camera_rule, chunk=chunk, single_gallery_shot=single_gallery_shot,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def rank_encodings(
+    scorer: Scorer,
+    query: Tensor,
+    gallery: Tensor,
+    query_pids: Sized,
+    gallery_pids: Sized,
+    query_camids: Sized,
+    gallery_camids: Sized,
+    *,
+    ap: str = "step",
+    camera_rule: bool = True,
+    chunk: int = 256,
+    single_gallery_shot: bool = False,
+) -> RankingResult:
+    """Rank the gallery for every query by a scorer of encodings and average the metrics.
+
+    The scorer is asked for at most `scorer.pairs_per_block` pairs at a time: fewer gallery images, then fewer queries.
+
+    Args:
+        scorer: compares the encodings; `CosineScorer()` for vectors.
+        query: (Q, ...) encodings, floats on any device that the scorer takes.
+        gallery: (G, ...), same sizes after the first.
+        query_pids, gallery_pids, query_camids, gallery_camids, ap, camera_rule, chunk, single_gallery_shot: see
+            `rank_blocks`. Junk images of the gallery are not compared.
+
+    Raises:
+        UsageError: (a ValueError) sizes that do not fit, encodings or scores that are not finite, or what `rank_blocks`
+            refuses.
+    """
+    _check_encodings(query, gallery)
+    q_pids, g_pids = _ids("query_pids", query_pids, len(query)), _ids("gallery_pids", gallery_pids, len(gallery))
+    g_camids = _ids("gallery_camids", gallery_camids, len(gallery))
+    kept = g_pids != JUNK_PID
+    if not kept.all():
+        gallery, g_pids, g_camids = gallery[kept.to(gallery.device)], g_pids[kept], g_camids[kept]
+
+    pairs, gallery_chunk = scorer.pairs_per_block, None
+    if pairs is not None:
+        if pairs < 1:
+            raise UsageError(f"pairs_per_block of {type(scorer).__name__}: expected at least 1 pair, got {pairs}")
+        chunk = min(chunk, pairs)
+        gallery_chunk = pairs // max(chunk, 1)
+    with _full_precision():
+        gallery = scorer.prepare(gallery)
+
+    def scores(rows: slice, columns: slice) -> Tensor:
+        return scorer.scores(scorer.prepare(query[rows]), gallery[columns])
+
+    return rank_blocks(
+        scores, q_pids, g_pids, query_camids, g_camids, ap=ap, camera_rule=camera_rule, chunk=chunk,
+        gallery_chunk=gallery_chunk, single_gallery_shot=single_gallery_shot, tie=scorer.tie,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def rank_blocks(
+    scores: Scores,
+    query_pids: Sized,
+    gallery_pids: Sized,
+    query_camids: Sized,
+    gallery_camids: Sized,
+    *,
+    ap: str = "step",
+    camera_rule: bool = True,
+    chunk: int = 256,
+    gallery_chunk: int | None = None,
+    single_gallery_shot: bool = False,
+    tie: float = 0.0,
+) -> RankingResult:
+    """Rank the gallery for every query by scores that are asked for block by block, and average the metrics.
+
+    Every block is asked for once, outside autocast and with matrix products in plain float32. Half precision is
+    promoted to float32 before ranking.
+
+    Args:
+        scores: of pairs of images, see `Scores`. The device of the first block is the one that ranks.
         query_pids: (Q,) person ids; tensor, array or list of whole numbers, as are the next three.
-        gallery_pids: (G,) person ids. Distractors (an id no query has, such as Market-1501's 0) stay in the gallery.
+        gallery_pids: (G,) person ids. Distractors (an id no query has, such as Market-1501's 0) stay in the gallery;
+            junk (`JUNK_PID`) is dropped.
         query_camids: (Q,) camera ids.
         gallery_camids: (G,) camera ids.
         ap: "step", mean_i i / r_i; or "trapezoid", mean_i (i / r_i + o_i) / 2 with o_i = (i - 1) / (r_i - 1), and 1 at
@@ -104,64 +264,104 @@ def evaluate_ranking(
         camera_rule: drop gallery images of the query's own person and camera. False for sets without camera labels,
             where the rule would drop every match.
         chunk: queries ranked at a time; memory grows with chunk * G, never with Q * G. It cannot change a result.
+        gallery_chunk: gallery images scored at a time, for the memory of the scorer; None: all. It cannot change a
+            result either.
         single_gallery_shot: CMC by CUHK03's old protocol (Li et al., CVPR 2014): for every query the gallery is one
             random image of each person, drawn `SHOT_DRAWS` times from a fixed seed, and the curves are averaged. mAP
             and mINP still rank the whole gallery.
+        tie: scores this close are equal, and count against the query. Absolute, in the units of the scores; 0: only
+            equal scores tie, which is right where a pair's score has the same bits in every block. Below the spacing of
+            the floats at a score (1.2e-7 of it in float32) it means 0. The top of `lda.ranking` says how to choose it.
 
     Raises:
-        UsageError: (a ValueError) sizes that do not fit, features that are not finite, an unknown `ap`, or no query
-            with a match left.
+        UsageError: (a ValueError) ids that do not fit, an option out of its bounds, a block of scores that is not
+            (C, W) finite floats (the line names its position), or no query with a match left.
     """
-    if ap not in AVERAGE_PRECISIONS:
-        raise UsageError(unknown("average precision", ap, AVERAGE_PRECISIONS))
-    if chunk < 1:
-        raise UsageError(f"chunk: expected at least 1 query, got {chunk}")
-    _check_features(query, gallery)
-    q_pids = _ids("query_pids", query_pids, query)
-    g_pids = _ids("gallery_pids", gallery_pids, gallery)
-    q_camids = _ids("query_camids", query_camids, query)
-    g_camids = _ids("gallery_camids", gallery_camids, gallery)
-
+    _check_options(ap, chunk, gallery_chunk, tie)
+    q_pids, g_pids = _ids("query_pids", query_pids), _ids("gallery_pids", gallery_pids)
+    q_camids = _ids("query_camids", query_camids, len(q_pids))
+    g_camids = _ids("gallery_camids", gallery_camids, len(g_pids))
+    blocks = list(_slices(len(g_pids), gallery_chunk or max(len(g_pids), 1)))
     kept = g_pids != JUNK_PID
-    if not kept.all():
-        gallery, g_pids, g_camids = gallery[kept], g_pids[kept], g_camids[kept]
-    gallery = _normalised(gallery)
+    junk = not kept.all()
+    ids: tuple[Tensor, ...] = (q_pids, g_pids[kept], q_camids, g_camids[kept], kept)
 
-    shots = _Shots(g_pids) if single_gallery_shot else None
-    precisions, first_ranks, penalties = [], [], []
-    with _full_precision(gallery.device):
-        for start in range(0, len(query), chunk):
-            rows = slice(start, start + chunk)
+    tally, shots = _Tally(ap), None
+    with _full_precision():
+        for rows in _slices(len(q_pids) if len(g_pids) else 0, chunk):
+            distance = _distance(scores, rows, blocks)  # (C, G)
+            ids = tuple(x.to(distance.device) for x in ids)  # moves them once, at the first block
+            q_pids, g_pids, q_camids, g_camids, kept = ids
+            if junk:
+                distance = distance[:, kept]
             matches = q_pids[rows, None] == g_pids  # (C, G)
             wanted = matches & (q_camids[rows, None] != g_camids) if camera_rule else matches
-            # Minus the cosine: nearest first when sorted, and its order is that of the Euclidean distance.
-            distance = -_normalised(query[rows]) @ gallery.T  # (C, G)
-            shot_ranks = None if shots is None else shots.ranks(distance, matches, wanted)
-            ranks, counts = _match_ranks(distance, matches, wanted)
-            if len(counts):
-                precisions.append(_average_precision(ranks, counts, ap))
-                first_ranks.append(ranks[:, 0] if shot_ranks is None else shot_ranks.flatten())
-                penalties.append(counts / ranks.gather(1, counts[:, None] - 1)[:, 0].double())
-
-    if not precisions:
-        raise UsageError(_no_valid_query(q_pids, g_pids, camera_rule))
-    first = torch.cat(first_ranks)
-    found = torch.bincount(first[first <= MAX_RANK] - 1, minlength=MAX_RANK).cumsum(0)
-    return RankingResult(
-        mAP=torch.cat(precisions).mean().item(),
-        cmc=tuple((found.double() / len(first)).tolist()),
-        mINP=torch.cat(penalties).mean().item(),
-        num_valid_queries=sum(map(len, penalties)),
-    )
+            if single_gallery_shot:
+                shots = shots or _Shots(g_pids)
+            shot_ranks = None if shots is None else shots.ranks(distance, matches, wanted, tie)
+            tally.add(*_match_ranks(distance, matches, wanted, tie), shot_ranks)
+    if tally.empty:
+        raise UsageError(_no_valid_query(ids[0], ids[1], camera_rule))
+    return tally.result()
 
 
-def _match_ranks(distance: Tensor, matches: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _slices(number: int, size: int) -> Iterator[slice]:
+    """0..number in blocks of `size`, the last one shorter."""
+    for start in range(0, number, size):
+        yield slice(start, min(start + size, number))
+
+
+def _distance(scores: Scores, rows: slice, blocks: list[slice]) -> Tensor:
+    """Minus the scores of one query chunk, (C, G), ours to overwrite: nearest first when sorted."""
+    parts = []
+    for columns in blocks:
+        block = scores(rows, columns)
+        _check_block(block, rows, columns)
+        parts.append(_at_least_single(block))
+    return torch.cat(parts, 1).neg_()
+
+
+class _Tally:
+    """Metrics of the queries ranked so far."""
+
+    def __init__(self, ap: str) -> None:
+        self.ap = ap
+        self.precisions: list[Tensor] = []
+        self.first_ranks: list[Tensor] = []
+        self.penalties: list[Tensor] = []
+
+    @property
+    def empty(self) -> bool:
+        """No query had a match left."""
+        return not self.precisions
+
+    def add(self, ranks: Tensor, counts: Tensor, shot_ranks: Tensor | None) -> None:
+        """Add V queries: see `_match_ranks` and `_Shots.ranks`."""
+        if len(counts):
+            self.precisions.append(_average_precision(ranks, counts, self.ap))
+            self.first_ranks.append(ranks[:, 0] if shot_ranks is None else shot_ranks.flatten())
+            self.penalties.append(counts / ranks.gather(1, counts[:, None] - 1)[:, 0].double())
+
+    def result(self) -> RankingResult:
+        """Means over all queries added."""
+        first = torch.cat(self.first_ranks)
+        found = torch.bincount(first[first <= MAX_RANK] - 1, minlength=MAX_RANK).cumsum(0)
+        return RankingResult(
+            mAP=torch.cat(self.precisions).mean().item(),
+            cmc=tuple((found.double() / len(first)).tolist()),
+            mINP=torch.cat(self.penalties).mean().item(),
+            num_valid_queries=sum(map(len, self.penalties)),
+        )
+
+
+def _match_ranks(distance: Tensor, matches: Tensor, wanted: Tensor, tie: float) -> tuple[Tensor, Tensor]:
     """Ranks of the wanted gallery images of each query.
 
     Args:
         distance: (C, G), overwritten.
         matches: (C, G) bool, images of the query's person.
         wanted: (C, G) bool, the matches that the same-camera rule leaves; the other matches are dropped.
+        tie: distances this close are equal.
 
     Returns:
         ranks (V, M), 1-based and rising in the first `counts` columns of a row, junk after them; and counts (V,), the
@@ -172,7 +372,7 @@ def _match_ranks(distance: Tensor, matches: Tensor, wanted: Tensor) -> tuple[Ten
     nth = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]  # position within its row
     most = int(counts.max()) if len(counts) else 0
     limit = torch.full((len(counts), most), torch.inf, dtype=distance.dtype, device=distance.device)  # (C, M)
-    limit[row, nth] = distance[row, column] + TIE
+    limit[row, nth] = distance[row, column] + tie
     limit = limit.sort(1).values
 
     # A non-match at distance d ranks before every match whose limit is >= d: find the first of them by bisection, then
@@ -194,11 +394,11 @@ class _Shots:
         self.starts = self.counts.cumsum(0) - self.counts
         self.random = np.random.default_rng(0)
 
-    def ranks(self, distance: Tensor, matches: Tensor, wanted: Tensor, draws: int = SHOT_DRAWS) -> Tensor:
+    def ranks(self, distance: Tensor, matches: Tensor, wanted: Tensor, tie: float, draws: int = SHOT_DRAWS) -> Tensor:
         """Rank of the query's person in each draw, (V, draws), for the V of C queries with a wanted image.
 
-        `distance`, `matches`, `wanted`: (C, G), see `_match_ranks`. A draw of the query's own person is one of the
-        wanted images, of everybody else any image.
+        `distance`, `matches`, `wanted`: (C, G), and `tie`: see `_match_ranks`. A draw of the query's own person is one
+        of the wanted images, of everybody else any image.
         """
         uniform = torch.from_numpy(self.random.random((len(wanted), draws, len(self.counts) + 1))).to(distance.device)
         kept = wanted.sum(1)
@@ -211,7 +411,7 @@ class _Shots:
         columns = wanted.nonzero()[:, 1]
         first = kept.cumsum(0) - kept
         chosen = columns[first[:, None] + (uniform[..., -1] * kept[:, None]).long()]  # (V, draws)
-        limit = distance.gather(1, chosen) + TIE
+        limit = distance.gather(1, chosen) + tie
         return 1 + (others <= limit[..., None]).sum(2)
 
 
@@ -226,41 +426,74 @@ def _average_precision(ranks: Tensor, counts: Tensor, ap: str) -> Tensor:
     return torch.where(i <= counts[:, None], precision, 0.0).sum(1) / counts
 
 
-def _normalised(features: Tensor) -> Tensor:
-    # Half precision is too coarse to rank with: its rounding alone makes ties.
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+def _at_least_single(values: Tensor) -> Tensor:
+    """Half precision as float32: it has too few digits to rank with."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def _full_precision() -> Iterator[None]:
     """Matrix products in plain float32, whatever the training code allows itself (autocast, TF32, bfloat16)."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
+        with ExitStack() as stack:  # a scorer may compute on either
+            for device in {"cpu", accelerator.type if accelerator else "cpu"}:
+                stack.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
 
 
-def _check_features(query: Tensor, gallery: Tensor) -> None:
-    for name, features in (("query", query), ("gallery", gallery)):
-        if features.ndim != 2 or not features.is_floating_point():
-            raise UsageError(f"{name}: expected (N, D) floats, got {features.dtype} of shape {tuple(features.shape)}")
-        finite = features.isfinite().all(1)
+def _check_options(ap: str, chunk: int, gallery_chunk: int | None, tie: float) -> None:
+    if ap not in AVERAGE_PRECISIONS:
+        raise UsageError(unknown("average precision", ap, AVERAGE_PRECISIONS))
+    if chunk < 1:
+        raise UsageError(f"chunk: expected at least 1 query, got {chunk}")
+    if gallery_chunk is not None and gallery_chunk < 1:
+        raise UsageError(f"gallery_chunk: expected at least 1 gallery image, or None for all, got {gallery_chunk}")
+    if not (math.isfinite(tie) and tie >= 0):
+        raise UsageError(f"tie: expected a finite difference of scores, 0 or larger, got {tie}")
+
+
+def _check_block(block: Tensor, rows: slice, columns: slice) -> None:
+    where = f"scores of queries {rows.start}:{rows.stop} and gallery images {columns.start}:{columns.stop}"
+    shape = (rows.stop - rows.start, columns.stop - columns.start)
+    if not isinstance(block, Tensor):
+        raise UsageError(f"{where}: expected a tensor of shape {shape}, got {type(block).__name__}")
+    if block.shape != shape or not block.is_floating_point():
+        raise UsageError(f"{where}: expected floats of shape {shape}, got {block.dtype} of shape {tuple(block.shape)}")
+    # The extremes are finite exactly when all scores are, and they cost one pass without a tensor of that size.
+    if not torch.stack(block.aminmax()).isfinite().all():
+        bad = int((~block.isfinite()).sum())
+        raise UsageError(f"{where}: {bad} of {block.numel()} scores are not finite (NaN or inf)")
+
+
+def _check_encodings(query: Tensor, gallery: Tensor) -> None:
+    for name, encodings in (("query", query), ("gallery", gallery)):
+        if encodings.ndim < 2 or not encodings.is_floating_point():
+            got = f"{encodings.dtype} of shape {tuple(encodings.shape)}"
+            raise UsageError(f"{name}: expected (N, D) floats, or (N, ...) floats of a scorer of maps, got {got}")
+        # In parts: a gallery of maps is gigabytes, and so would be one mask of it.
+        finite = torch.cat([part.isfinite().flatten(1).all(1) for part in torch.split(encodings, _CHECKED)])
         if not finite.all():
-            raise UsageError(f"{name}: {int((~finite).sum())} of {len(features)} features are not finite (NaN or inf)")
-    if query.shape[1] != gallery.shape[1]:
-        raise UsageError(f"feature sizes differ: query has {query.shape[1]}, gallery has {gallery.shape[1]}")
+            raise UsageError(f"{name}: {int((~finite).sum())} of {len(encodings)} features are not finite (NaN or inf)")
+    sizes = [" x ".join(map(str, encodings.shape[1:])) for encodings in (query, gallery)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(f"feature sizes differ: query has {sizes[0]}, gallery has {sizes[1]}")
 
 
-def _ids(name: str, values: Sized, features: Tensor) -> Tensor:
-    ids = torch.as_tensor(values, device=features.device)
-    if ids.shape != features.shape[:1]:
-        raise UsageError(f"{name}: expected {len(features)} ids, one per feature, got shape {tuple(ids.shape)}")
+def _ids(name: str, values: Sized, number: int | None = None) -> Tensor:
+    """Ids on the CPU, (number,); without a number, of any length."""
+    ids = torch.as_tensor(values, device="cpu")
+    if number is None and ids.ndim != 1:
+        raise UsageError(f"{name}: expected a list of ids, one per image, got shape {tuple(ids.shape)}")
+    if number is not None and ids.shape != (number,):
+        raise UsageError(f"{name}: expected {number} ids, one per image, got shape {tuple(ids.shape)}")
     return ids
 
 

@@ -275,7 +275,7 @@ def test_constant_camera_is_explained() -> None:
         ({"gallery": torch.zeros(150, 16, dtype=torch.int64)}, r"gallery: expected \(N, D\) floats"),
         ({"gallery": torch.zeros(150, 15)}, "query has 16, gallery has 15"),
         ({"query": torch.full((40, 16), torch.nan)}, "query: 40 of 40 features are not finite"),
-        ({"query_pids": [1, 2]}, r"query_pids: expected 40 ids, one per feature, got shape \(2,\)"),
+        ({"query_pids": [1, 2]}, r"query_pids: expected 40 ids, one per image, got shape \(2,\)"),
         ({"gallery_camids": [1]}, "gallery_camids: expected 150 ids"),
         ({"ap": "steps"}, r"unknown average precision 'steps' \(did you mean 'step'\?\)"),
         ({"chunk": 0}, "chunk: expected at least 1"),
