@@ -195,18 +195,23 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals:
             raise UsageError(f"--set {pair!r}: expected KEY=VALUE, for example learning_rate=0.001")
-        values[key] = checked(find_setting(key), text)
+        kinds = _settings_named(key)
+        # Two methods may use one name for different things: which is meant is known when the run's method is.
+        values[key] = checked(kinds[0], text) if len({kind.kind for kind in kinds}) == 1 else text
     return values
 
 
-def find_setting(key: str) -> Setting:
-    """The setting of this flat name, a common one or any method's. Raises UsageError with the nearest valid name."""
+def _settings_named(key: str) -> list[Setting]:
+    """The settings of this flat name: a common one, or those of every method that has it.
+
+    Raises UsageError with the nearest valid name.
+    """
     if key == METHOD.name:
-        return METHOD
+        return [METHOD]
     if key in COMMON:
-        return COMMON[key]
+        return [COMMON[key]]
     owners = methods.owners(key)
     if not owners:
         every = {name for method in methods.names() for name in known_settings(method)}
         raise UsageError(unknown("setting", key, sorted(every)))
-    return settings_of(methods.find(owners[0]).Settings)[key]
+    return [settings_of(methods.find(owner).Settings)[key] for owner in owners]

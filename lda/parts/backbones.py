@@ -163,9 +163,7 @@ def _small_parts() -> list[tuple[str, nn.Module]]:
     return parts
 
 
-def convert_norm(
-    network: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module], keep_first: bool = False
-) -> None:
+def convert_norm(network: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module], keep_first: bool = False) -> None:
     """Replace every `nn.BatchNorm2d` of `network`, in place, by `make(old layer)`, with the old one's gamma and beta
     where the new one has them.
 
