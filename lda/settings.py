@@ -128,13 +128,10 @@ def checked(known: Setting, value: Any) -> Any:
             low, high = known.low, known.high
             number = float(value) if isinstance(value, str) else value
             raise UsageError(f"{known.name}: {number!r} is out of range, expected {low} to {high}") from None
-        wanted = {
-            int: "whole number",
-            float: "number",
-            bool: "true or false",
-            str: "text",
-        }.get(known.kind, "list of whole numbers" if is_tuple else "")
-        text = f"expected a {wanted}, got {value!r}" if wanted else explained(first)
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(known.kind)
+        if is_tuple:
+            wanted = "a list of whole numbers"
+        text = f"expected {wanted}, got {value!r}" if wanted else explained(first)
         raise UsageError(f"{known.name}: {text}") from None
 
 

@@ -90,8 +90,8 @@ def _run(config: configs.Config, folder: Path, data_root: Path | None) -> int:
             return 130
     conditions = ", ".join(filter(None, (result.data, result.inference, f"{result.average_precision} AP")))
     print(
-        f"{result.title} on {result.target} ({conditions}): mAP {100 * result.mAP:.1f}, Rank-1 {100 * result.rank1:.1f}; "
-        f"{result.selection.rule} {100 * result.selection.score:.1f}; {folder}"
+        f"{result.title} on {result.target} ({conditions}): mAP {100 * result.mAP:.1f}, "
+        f"Rank-1 {100 * result.rank1:.1f}; {result.selection.rule} {100 * result.selection.score:.1f}; {folder}"
     )
     return 0
 

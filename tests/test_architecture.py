@@ -5,44 +5,62 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from lda import methods
 
 ROOT = Path(__file__).parent.parent
 
 # module (or package) -> first-party prefixes it may import, besides lda.errors. The longest matching row counts.
 MAY_IMPORT = {
     "lda": set(),
+    # Ground floor: words, files, settings, the batch.
     "lda.errors": set(),
     "lda.protocols": set(),
-    "lda.config": set(),
-    "lda.normalisation": set(),
-    "lda.losses": set(),
-    "lda.ranking": set(),
-    "lda.data": {"lda.protocols", "lda.command", "lda.data"},
-    "lda.networks": {"lda.normalisation"},
-    "lda.method": {"lda.normalisation", "lda.losses", "lda.networks", "lda.config"},
     "lda.settings": set(),
     "lda.batch": set(),
-    "lda.command": set(),
+    "lda.kept": set(),
     "lda.files": set(),
-    "lda.runs": {"lda.config", "lda.files"},
-    "lda.tracking": {"lda.config"},
-    "lda.device": {"lda.config"},
-    "lda.bank_files": {"lda.normalisation", "lda.files"},
-    "lda.checkpoint": {"lda.config", "lda.method", "lda.files"},
-    "lda.evaluate": {"lda"},
+    "lda.command": set(),
+    "lda.ranking": set(),
+    "lda.tracking": set(),
+    "lda.groups": {"lda.settings"},
+    "lda.runs": {"lda.files", "lda.settings"},
+    "lda.device": {"lda.groups", "lda.command"},
+    "lda.data": {"lda.protocols", "lda.settings", "lda.batch", "lda.command", "lda.files", "lda.data"},
+    # What a method is made of, the methods, and what joins their settings.
+    "lda.parts": {"lda.batch", "lda.groups", "lda.kept", "lda.settings", "lda.parts"},
+    "lda.methods": {"lda.batch", "lda.groups", "lda.kept", "lda.ranking", "lda.settings", "lda.parts", "lda.methods"},
+    "lda.config": {"lda.data.options", "lda.groups", "lda.methods", "lda.protocols", "lda.settings"},
+    # One run.
+    "lda.checkpoint": {"lda.config", "lda.files", "lda.methods"},
     "lda.trainer": {"lda"},
+    "lda.testing": {"lda"},
+    "lda.unit": {"lda"},
     "lda.train": {"lda"},
-    "sweeps": {"lda", "sweeps", "analysis"},
-    "analysis": {"lda.command", "lda.files", "lda.protocols", "lda.runs", "analysis"},
+    "lda.evaluate": {"lda"},
+    # Many runs, and what reads them.
+    "sweeps": {"lda", "sweeps"},
+    "analysis": {
+        "lda.command",
+        "lda.data.catalogue",
+        "lda.files",
+        "lda.protocols",
+        "lda.runs",
+        "lda.settings",
+        "analysis",
+    },
 }
 ONLY_IMPORTER = {"wandb": "lda.tracking", "optuna": "sweeps"}
 FORBIDDEN = {
     "analysis": {"torch", "torchvision", "optuna", "wandb"},
     "lda.config": {"torch", "numpy"},
+    "lda.groups": {"torch", "numpy"},
     "lda.protocols": {"torch", "numpy"},
+    "lda.runs": {"torch"},
     "lda": {"pandas", "matplotlib", "seaborn"},
 }
 
@@ -53,7 +71,10 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Modules a file imports anywhere; `from package import module` counts as package.module where that is one."""
+    """Modules a file imports anywhere; `from package import module` counts as package.module where that is one.
+
+    What is only imported for its type counts as well: it is an arrow for whoever reads.
+    """
     known, found = set(modules()), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -85,7 +106,42 @@ def test_imports_follow_the_plan(name: str) -> None:
             assert not under(name, prefix) or imported.split(".")[0] not in libraries, f"{name} imports {imported}"
 
 
-@pytest.mark.parametrize("module", ["sweeps.run", "lda.train", "lda.config", "lda.runs"])
+def test_nothing_goes_round_in_circles() -> None:
+    """Imports inside functions and for types included; `lda` itself, which only offers `load`, is left out."""
+    files = {name: path for name, path in modules().items() if name != "lda"}
+    arrows = {name: sorted(imports(path) & files.keys() - {name}) for name, path in files.items()}
+    # lda.methods looks its files up by name: base and the methods import the package only through their own place.
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        if name in way:
+            yield (*way[way.index(name) :], name)
+            return
+        if name in done:
+            return
+        for other in arrows[name]:
+            yield from visit(other, (*way, name))
+        done.add(name)
+
+    assert [circle for name in arrows for circle in visit(name, ())] == []
+
+
+def test_no_method_is_named_outside_its_file() -> None:
+    """Everybody else asks the class, or the result: a method that is added is nowhere forgotten."""
+    allowed = {"lda.methods"}  # which method is the default, and which the control
+    named = []
+    for name, path in modules().items():
+        if name in allowed or under(name, "lda.methods"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and node.value in methods.names():
+                named.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.value!r}")
+    assert named == []
+
+
+@pytest.mark.parametrize(
+    "module", ["sweeps.run", "lda.train", "lda.config", "lda.runs", "lda.methods", "lda.data", "analysis.tables"]
+)
 def test_starts_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

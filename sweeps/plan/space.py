@@ -1,7 +1,8 @@
-"""The search space: which settings of `lda.config` a study sweeps, and between which values.
+"""The search space: which settings a study sweeps, and between which values.
 
-An axis is checked against the setting's own type and bounds, and so is every point that is enqueued: Optuna itself
-accepts an enqueued value outside its range with no more than a warning (seen with 5.0).
+A setting's own line (in `lda/groups.py`, or the method's file) says what a search should try; a study file may say
+otherwise. An axis is checked against the setting's type and bounds, and so is every point that is enqueued: Optuna
+itself accepts an enqueued value outside its range with no more than a warning (seen with 5.0).
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lda.config import FIELDS, from_mapping
+from lda.config import GROUPS, check_keys, known_settings
 from lda.errors import UsageError, unknown
+from lda.settings import Setting, checked, settings_of
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -22,13 +24,22 @@ if TYPE_CHECKING:
 Point = dict[str, Any]
 """One value per swept setting."""
 
-# Set elsewhere in a study file, or by the command line: sweeping them would make trials incomparable.
-_FIXED_BY_STUDY = ("protocol", "target", "seed", "selection", "validation_fraction")
+_WHY_NOT = {
+    "run": "it is set for the whole study",
+    "data": "trials that read other images do not compare",
+    "selection": "trials that are ranked by other scores do not compare",
+    "test": "trials that are tested in other ways do not compare",
+    "machine": "it cannot change what is learnt",
+}
+"""Group -> why its settings are not swept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """Values of one setting: `low` to `high` (inclusive; `log` scale or in whole `step`s), or a list of `choices`."""
+    """Values of one setting: `low` to `high` (inclusive; `log` scale or in whole `step`s), or a list of `choices`.
+
+    With nothing given, what the setting's own line says.
+    """
 
     low: float | None = None
     high: float | None = None
@@ -47,54 +58,71 @@ class Axis:
 Space = Mapping[str, Axis]
 
 
-def checked_axis(key: str, axis: Axis) -> Axis:
+def swept_setting(key: str, method: str) -> Setting:
+    """The setting of this name. Raises UsageError for one that `method` does not have, or that may not be swept."""
+    check_keys([key], method)
+    known = known_settings(method)[key]
+    group = next((name for name, kind in GROUPS.items() if key in settings_of(kind)), "")
+    why = "a study has one method" if key == "method" else _WHY_NOT.get("test" if known.test else group)
+    if why is None and not (known.choices or known.kind in (int, float, bool)):
+        why = "it is no single value"
+    if why is not None:
+        raise UsageError(f"{key}: cannot be swept: {why}")
+    return known
+
+
+def checked_axis(key: str, axis: Axis, method: str) -> Axis:
     """`axis` with its values in the setting's type. Raises UsageError that starts with the key at fault."""
-    if key not in FIELDS:
-        raise UsageError(f"{key}: {unknown('setting', key, FIELDS)}")
-    kind = type(FIELDS[key].default)
-    if key in _FIXED_BY_STUDY or not FIELDS[key].metadata["identity"] or kind is tuple:
-        raise UsageError(f"{key}: this setting cannot be swept")
+    known = swept_setting(key, method)
+    if axis == Axis():
+        axis = _own_axis(known)
     if axis.choices:
         if (axis.low, axis.high, axis.step, axis.log) != (None, None, None, False):
             raise UsageError(f"{key}: choices stand alone, without low, high, log or step")
-        choices = tuple(_typed(key, value) for value in axis.choices)
+        choices = tuple(checked(known, value) for value in axis.choices)
         if len(set(choices)) != len(choices):
             raise UsageError(f"{key}.choices: each value once, got {list(choices)}")
         return Axis(choices=choices)
-    if kind not in (int, float):
+    if known.kind not in (int, float):
         raise UsageError(f"{key}: expected choices, a list of values")
     if axis.low is None or axis.high is None:
         raise UsageError(f"{key}: expected low and high, or choices")
-    low, high = _typed(key, _whole(key, axis.low)), _typed(key, _whole(key, axis.high))
+    low, high = checked(known, _whole(known, axis.low)), checked(known, _whole(known, axis.high))
     if not low < high:
         raise UsageError(f"{key}: low {low!r} must be below high {high!r}")
     if axis.log and low <= 0:
         raise UsageError(f"{key}.low: {low!r} on a log scale, expected a value above 0")
     if axis.step is not None and (axis.log or not 0 < axis.step <= high - low):
         raise UsageError(f"{key}.step: expected a value in 0 to {high - low!r} and no log scale, got {axis.step!r}")
-    step = None if axis.step is None else _whole(key, axis.step)
+    step = None if axis.step is None else _whole(known, axis.step)
     return Axis(low=low, high=high, log=axis.log, step=step)
 
 
-def _whole(key: str, value: float) -> float:
-    """Bounds of a whole-number setting arrive as float: 3.0 becomes 3, 3.5 is left for Config to refuse."""
-    return int(value) if type(FIELDS[key].default) is int and float(value).is_integer() else value
+def _own_axis(known: Setting) -> Axis:
+    if known.choices:
+        return Axis(choices=known.choices)
+    if known.kind is bool:
+        return Axis(choices=(False, True))
+    if known.search is None:
+        raise UsageError(f"{known.name}: its line names no range to search; expected low and high, or choices")
+    return Axis(low=known.search.low, high=known.search.high, log=known.search.log, step=known.search.step)
 
 
-def _typed(key: str, value: Any) -> Any:
-    return getattr(from_mapping({key: value}), key)
+def _whole(known: Setting, value: float) -> float:
+    """Bounds of a whole-number setting arrive as float: 3.0 becomes 3, 3.5 is left for the setting to refuse."""
+    return int(value) if known.kind is int and float(value).is_integer() else value
 
 
-def checked_point(space: Space, point: Mapping[str, Any]) -> Point:
+def checked_point(space: Space, point: Mapping[str, Any], method: str) -> Point:
     """`point` in the settings' types. Raises UsageError when a key is not swept or a value lies off its axis."""
     for key in point:
         if key not in space:
             raise UsageError(f"{key}: {unknown('swept setting', key, space)}")
-    return {key: _on_axis(key, space[key], value) for key, value in point.items()}
+    known = known_settings(method)
+    return {key: _on_axis(key, space[key], checked(known[key], value)) for key, value in point.items()}
 
 
 def _on_axis(key: str, axis: Axis, value: Any) -> Any:
-    value = _typed(key, value)
     if axis.choices:
         if value not in axis.choices:
             raise UsageError(f"{key}: {value!r} is not one of the choices {list(axis.choices)}")
@@ -125,11 +153,12 @@ def _values(key: str, axis: Axis) -> list[Any]:
     if axis.step is None:
         raise UsageError(f"{key}: the grid sampler needs choices, or a step")
     low, high = axis.bounds
-    return [_typed(key, low + i * axis.step) for i in range(int((high - low) / axis.step + 1e-6) + 1)]
+    kind = type(low)
+    return [kind(low + i * axis.step) for i in range(int((high - low) / axis.step + 1e-6) + 1)]
 
 
-def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """The axes as Optuna distributions, in the study file's order."""
+def distributions(space: Space, method: str) -> dict[str, BaseDistribution]:
+    """The axes as Optuna distributions, in the study's order; whole numbers where the method's setting is one."""
     from optuna import distributions as optuna  # late: the command line starts without optuna
 
     found: dict[str, BaseDistribution] = {}
@@ -138,7 +167,7 @@ def distributions(space: Space) -> dict[str, BaseDistribution]:
             found[key] = optuna.CategoricalDistribution(axis.choices)
             continue
         low, high = axis.bounds
-        if type(FIELDS[key].default) is int:
+        if known_settings(method)[key].kind is int:
             found[key] = optuna.IntDistribution(int(low), int(high), log=axis.log, step=int(axis.step or 1))
         else:
             found[key] = optuna.FloatDistribution(low, high, log=axis.log, step=axis.step)

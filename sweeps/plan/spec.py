@@ -14,9 +14,12 @@ from typing import Annotated, Any, Literal, get_type_hints
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from lda.config import FIELDS, Config, check_key, preset
+from lda import methods
+from lda.config import COMMON, METHOD, Config, check_keys, known_settings, preset
 from lda.errors import UsageError, unknown
+from lda.groups import Machine
 from lda.protocols import get_protocol
+from lda.settings import explained, settings_of
 from sweeps.plan.space import Axis, Point, checked_axis, checked_point, grid
 
 STUDIES = Path(__file__).parent.parent / "studies"
@@ -55,7 +58,7 @@ class Search:
     """How configurations are proposed, and when to stop.
 
     Attributes:
-        space: swept setting -> axis.
+        space: swept setting -> axis; without it, what the method's file asks for.
         sampler: tpe, gp (up to about five continuous axes), random, or grid (choices and steps only).
         trials: configurations to try; trial 0 is the defaults.
         hours: stop proposing after this wall clock of one command.
@@ -64,7 +67,7 @@ class Search:
         enqueue: points to try right after the defaults; a key left out takes its default.
     """
 
-    space: dict[str, Axis]
+    space: dict[str, Axis] = field(default_factory=dict)
     sampler: Literal["tpe", "gp", "random", "grid"] = "tpe"
     trials: Positive = 20
     hours: Seconds | None = None
@@ -77,7 +80,7 @@ class Search:
 @_strict_keys
 @dataclass(frozen=True, kw_only=True)
 class Confirm:
-    """After the search: the best trials, the defaults and the plain baseline once more, on seeds the search never saw.
+    """After the search: the best trials, the defaults and the control method once more, on seeds it never saw.
 
     Attributes:
         top: how many of the best configurations.
@@ -101,7 +104,8 @@ class StudySpec:
         targets: order in which a trial's units run; all of the protocol by default.
         preset: lda.config.PRESETS; by default "real" with a data root and "standin" without.
         standin: scale of the stand-in domains.
-        base: settings that differ from the preset, for every trial.
+        base: settings that differ from the preset, for every trial; `method` is one of them.
+        methods: method -> settings of its own that differ from the preset, whenever it runs.
         seed: of the sampler and of the search's units; confirmation takes the seeds after it.
         heartbeat_seconds: how often a worker says that it lives.
         grace_seconds: a worker silent for this long has lost its trial.
@@ -116,6 +120,7 @@ class StudySpec:
     preset: Literal["standin", "real"] | None = None
     standin: Literal["tiny", "small", "full"] = "small"
     base: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     seed: Annotated[int, Field(ge=0, lt=2**30)] = 0
     heartbeat_seconds: Positive = 20
     grace_seconds: Positive = 120
@@ -124,18 +129,29 @@ class StudySpec:
         """The settings of one unit. Raises UsageError naming the setting at fault."""
         assert self.preset is not None, "resolve() fills the preset"
         where = {"protocol": self.protocol, "target": target, "seed": seed}
-        return preset(self.preset, **{**self.base, **changes, **where})
+        own = self.methods.get(changes.get(METHOD.name, self.method), {})
+        return preset(self.preset, **{**self.base, **own, **changes, **where})
+
+    @property
+    def method(self) -> str:
+        """The method whose settings are swept."""
+        return str(self.base.get(METHOD.name, METHOD.default))
+
+    @property
+    def control(self) -> str | None:
+        """The method that is confirmed beside it, None where the study runs that one itself."""
+        return methods.CONTROL if self.method != methods.CONTROL else None
 
     @property
     def selection(self) -> str:
         """The rule that scores a unit."""
-        return self.config(self.targets[0], 0, {}).selection
+        return self.config(self.targets[0], 0, {}).selection.selection
 
     @property
     def defaults(self) -> Point:
         """Trial 0: the published or assumed value of every swept setting."""
         config = self.config(self.targets[0], 0, {})
-        return {key: getattr(config, key) for key in self.search.space}
+        return {key: config.value(key) for key in self.search.space}
 
     @property
     def first_points(self) -> list[Point]:
@@ -210,10 +226,7 @@ def _first_mistake(error: ValidationError) -> str:
         return f"{where}: {unknown('key', location[-1], _keys_at(location[:-1]))}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{where}: this key is required"
-    if first["type"] == "literal_error":
-        return f"{where}: expected {first['ctx']['expected']}, got {first['input']!r}"
-    message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{where}: expected {message}, got {first['input']!r}"
+    return f"{where}: {explained(first)}"
 
 
 def _keys_at(location: Sequence[str]) -> list[str]:
@@ -241,37 +254,43 @@ def resolve(
     """
     overrides = dict(overrides or {})
     _refuse_study_keys(overrides, "--set ")
-    search, confirm = spec.search, spec.confirm
-    space = {key: axis for key, axis in search.space.items() if key not in overrides}
-    enqueue = tuple({k: v for k, v in point.items() if k not in overrides} for point in search.enqueue)
-    search = dataclasses.replace(search, space=space, enqueue=enqueue, trials=trials or search.trials)
-    if confirm_seeds is not None:
-        confirm = dataclasses.replace(confirm, seeds=confirm_seeds)
     try:
         protocol = get_protocol(spec.protocol)
         for target in spec.targets:
             protocol.sources(target)
         _refuse_study_keys(spec.base, "base.")
-        for key in spec.base:
-            if key in search.space:
-                raise UsageError(f"base.{key}: is swept in search.space as well; keep one of the two")
+        base = {**spec.base, **overrides}
+        method = str(base.get(METHOD.name, METHOD.default))
+        own = {key: value for key, value in base.items() if key not in COMMON and key != METHOD.name}
+        check_keys(own, method)
         spec = dataclasses.replace(
             spec,
-            search=search,
-            confirm=confirm,
+            search=_search(spec.search, method, overrides, trials),
+            confirm=spec.confirm if confirm_seeds is None else dataclasses.replace(spec.confirm, seeds=confirm_seeds),
             seed=spec.seed if seed is None else seed,
             targets=spec.targets or protocol.targets,
             preset=spec.preset or ("real" if real_data else "standin"),
-            base={**spec.base, **overrides},
+            base={key: value for key, value in base.items() if key not in own},
+            methods={**spec.methods, method: {**spec.methods.get(method, {}), **own}},
         )
+        for key in spec.search.space:
+            if key in {**spec.base, **spec.methods[method]}:
+                raise UsageError(f"search.space.{key}: is set for every trial as well; keep one of the two")
         return _checked(spec)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
 
 
+def _search(search: Search, method: str, overrides: Mapping[str, Any], trials: int | None) -> Search:
+    """The search as the command line changes it: what is fixed is not swept, and no space means one trial."""
+    space = search.space or {key: Axis() for key in methods.find(method).searched}
+    space = {key: axis for key, axis in space.items() if key not in overrides}
+    enqueue = tuple({k: v for k, v in point.items() if k not in overrides} for point in search.enqueue)
+    return dataclasses.replace(search, space=space, enqueue=enqueue, trials=(trials or search.trials) if space else 1)
+
+
 def _refuse_study_keys(settings: Mapping[str, Any], where: str) -> None:
     for key in settings:
-        check_key(key)
         if key in ("protocol", "target", "seed"):
             instead = {"protocol": "--study", "target": "targets of the study file", "seed": "--seed"}[key]
             raise UsageError(f"{where}{key}: is set for the whole study, use {instead}")
@@ -280,24 +299,26 @@ def _refuse_study_keys(settings: Mapping[str, Any], where: str) -> None:
 def _checked(spec: StudySpec) -> StudySpec:
     if spec.grace_seconds < 3 * spec.heartbeat_seconds:
         raise UsageError(f"grace_seconds: {spec.grace_seconds} is below three heartbeats of {spec.heartbeat_seconds} s")
-    if not spec.search.space and spec.search.trials > 1:
-        raise UsageError("search.space: nothing is left to sweep; name a setting, or ask for --trials 1")
-    base = spec.config(spec.targets[0], spec.seed, {}).to_dict()
-    spec = dataclasses.replace(spec, base={key: base[key] for key in spec.base})
+    spec = _typed(spec)
     space = {}
     for key, axis in spec.search.space.items():
         try:
-            space[key] = checked_axis(key, axis)
+            space[key] = checked_axis(key, axis, spec.method)
         except UsageError as error:
             raise UsageError(f"search.space.{error}") from None
+    if spec.search.pruning.rule != "none" and (several := {"epochs", "steps_per_epoch"} & space.keys()):
+        raise UsageError(
+            f"search.space.{min(several)}: trials are pruned by comparing them at equal epochs; "
+            "set search.pruning.rule to none"
+        )
     try:
-        checked_point(space, {key: getattr(Config(), key) if key not in base else base[key] for key in space})
+        checked_point(space, spec.defaults, spec.method)
     except UsageError as error:
         raise UsageError(f"search.space.{error} (the default; trial 0 is always the defaults)") from None
     points = []
     for index, point in enumerate(spec.search.enqueue):
         try:
-            points.append(checked_point(space, point))
+            points.append(checked_point(space, point, spec.method))
         except UsageError as error:
             raise UsageError(f"search.enqueue.{index}.{error}") from None
     spec = dataclasses.replace(spec, search=dataclasses.replace(spec.search, space=space, enqueue=tuple(points)))
@@ -307,6 +328,23 @@ def _checked(spec: StudySpec) -> StudySpec:
         except UsageError as error:
             raise UsageError(f"search.space.{error}") from None
     return spec
+
+
+def _typed(spec: StudySpec) -> StudySpec:
+    """The settings in the types of their lines; raises UsageError for one that a method does not have."""
+    values = spec.config(spec.targets[0], spec.seed, {}).to_dict()
+    own = {}
+    for method, given in spec.methods.items():
+        for key in given:
+            if key in COMMON or key not in known_settings(method):
+                raise UsageError(f"methods.{method}.{unknown('setting of its own', key, _own_keys(method))}")
+        config = spec.config(spec.targets[0], spec.seed, {METHOD.name: method})
+        own[method] = {key: config.to_dict()[key] for key in given}
+    return dataclasses.replace(spec, base={key: values[key] for key in spec.base}, methods=own)
+
+
+def _own_keys(method: str) -> list[str]:
+    return list(settings_of(methods.find(method).Settings))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
@@ -328,5 +366,5 @@ def same_study(spec: StudySpec) -> dict[str, Any]:
         del plain[key]
     for key in ("trials", "hours", "device_hours", "retries", "enqueue"):
         del plain["search"][key]
-    plain["base"] = {key: value for key, value in plain["base"].items() if FIELDS[key].metadata["identity"]}
+    plain["base"] = {key: value for key, value in plain["base"].items() if key not in settings_of(Machine)}
     return plain
