@@ -1,99 +1,85 @@
-"""Evaluation: splits, feature scale, what result.json gets."""
+"""`python -m lda.evaluate`: agrees with the run, takes test settings only, says stand-in from every entrance."""
 
 from __future__ import annotations
 
-import statistics
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from lda.method import build_method
-from PIL import Image
 
+from lda import evaluate
 from lda.config import preset
-from lda.data.records import ImageRecord
-from lda.data.sources import EvaluationSet
-from lda.errors import UsageError
-from lda.evaluate import Evaluation, Evaluator, chosen_splits, effective_rank, metrics
-from lda.ranking import RankingResult
-
-CPU = torch.device("cpu")
+from lda.runs import Result
+from lda.unit import run_unit
 
 
-def test_effective_rank_of_known_spectra() -> None:
-    """k equal directions have rank k; one direction has rank 1; identical features have no spread at all."""
-    basis = torch.eye(8)[:4]
-    assert effective_rank(torch.cat([basis, -basis])) == pytest.approx(4.0)
-    line = torch.linspace(-1, 1, 9)[:, None] * torch.ones(1, 5)
-    assert effective_rank(line) == pytest.approx(1.0)
-    assert effective_rank(torch.ones(6, 5)) == pytest.approx(1.0)
+@pytest.fixture(scope="module")
+def finished(standin_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of finished units by name: LDA, and LDA without Network-A."""
+    settings: dict[str, Any] = {"epochs": 1, "steps_per_epoch": 4, "warmup_epochs": 0, "bank_warmup_updates": 0}
+    settings |= {"milestones": (), "threads": 1, "wandb": "disabled"}
+    made = {}
+    for name, own in {"both": {}, "expert": {"network_a": "none", "inference": "expert"}}.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        run_unit(preset("standin", **settings, **own), made[name], data_root=standin_tiny)
+    return made
 
 
-def rankings(*values: tuple[float, float]) -> tuple[RankingResult, ...]:
-    return tuple(RankingResult(mAP=m, cmc=(r,) * 50, mINP=m, num_valid_queries=10) for m, r in values)
+def run(folder: Path, *more: str) -> int:
+    return evaluate.main(["--checkpoint", str(folder / "checkpoint.pt"), *more])
 
 
-def test_metrics_of_one_split_are_its_own() -> None:
-    row = metrics(Evaluation(rankings((0.5, 0.25)), 1.0, 2.0))
-    assert (row["mAP"], row["rank1"], row["num_splits"]) == (0.5, 0.25, 1)
-    assert "mAP_std" not in row
+def test_agrees_with_the_run(finished: dict[str, Path], standin_tiny: Path, capsys: Any) -> None:
+    where = ["--data-root", str(standin_tiny), "--target", "market1501"]
+    assert run(finished["both"], *where) == 0
+    result = Result.read(finished["both"] / "result.json")
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["mAP"] == pytest.approx(result.mAP, abs=1e-6)
+    assert (shown["data"], shown["inference"], shown["target_data"]) == ("stand-in", "fused", False)
+    assert run(finished["both"], *where, "--set", "inference=expert") == 0
+    assert json.loads(capsys.readouterr().out)["inference"] == "expert"
 
 
-def test_metrics_of_several_splits_are_mean_and_spread() -> None:
-    values = [(0.5, 0.2), (0.6, 0.4), (0.7, 0.3)]
-    row = metrics(Evaluation(rankings(*values), 1.0, 2.0))
-    assert row["mAP"] == pytest.approx(0.6)
-    assert row["mAP_std"] == pytest.approx(statistics.stdev([0.5, 0.6, 0.7]))
-    assert row["rank1_std"] == pytest.approx(statistics.stdev([0.2, 0.3, 0.4]))
-    assert [split["rank1"] for split in row["splits"]] == [0.2, 0.4, 0.3]
+def test_a_sets_own_folder_says_stand_in_as_well(finished: dict[str, Path], standin_tiny: Path, capsys: Any) -> None:
+    """W1: the loader says what it read, whatever the root."""
+    own = next(path for path in standin_tiny.iterdir() if path.name.startswith("Market-1501"))
+    seen = []
+    for root in (standin_tiny, own):
+        assert run(finished["both"], "--data-root", str(root), "--target", "market1501") == 0
+        seen.append(json.loads(capsys.readouterr().out))
+    assert seen[0] == seen[1]
+    assert seen[0]["data"] == "stand-in"
 
 
-@pytest.fixture
-def splits(tmp_path: Path) -> list[EvaluationSet]:
-    """Two single-shot splits of six persons, cameras 0 and 1."""
-    records = {}
-    for pid in range(6):
-        for camid in range(2):
-            path = tmp_path / f"{pid}_{camid}.png"
-            colour = (40 * pid, 255 - 40 * pid, 90 + 60 * camid)
-            Image.new("RGB", (32, 64), colour).save(path)
-            records[pid, camid] = ImageRecord(path, pid, camid)
-    return [
-        EvaluationSet("prid", tuple(records[p, 0] for p in pids), tuple(records[p, 1] for p in range(6)))
-        for pids in ((0, 1, 2), (2, 3, 4, 5))
-    ]
+@pytest.mark.parametrize(
+    ("which", "settings", "message"),
+    [
+        ("both", ["method=baseline"], "--set method: is a setting of training, which is over"),
+        ("both", ["backbone=resnet50"], "--set backbone: is a setting of training"),
+        ("both", ["bank_momentum=0.1"], "a test of lda can be told: inference, flip_test"),
+        ("both", ["network_a=none"], "--set network_a: is a setting of training"),
+        ("both", ["baseline_norm=batch"], "baseline_norm: is a setting of method baseline; this run's method is lda"),
+        ("expert", ["inference=fused"], "inference: 'fused' needs Network-A, but network_a is none"),
+        ("both", ["inference=fusd"], "did you mean 'fused'"),
+        ("both", ["x=1"], "unknown setting 'x'"),
+    ],
+)
+def test_what_is_no_test_setting_is_refused(
+    which: str, settings: list[str], message: str, finished: dict[str, Path], standin_tiny: Path, capsys: Any
+) -> None:
+    """W2 and W3: nothing of training can be changed, and the method is asked what it can do."""
+    where = ["--data-root", str(standin_tiny), "--target", "market1501"]
+    assert run(finished[which], *where, "--set", *settings) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
 
 
-def test_every_split_equals_its_own_evaluation(splits: list[EvaluationSet]) -> None:
-    config = preset("standin", method="baseline", threads=1)
-    method = build_method(config, [4, 4])
-    together = Evaluator(splits, config, CPU)(method)
-    alone = [Evaluator([split], config, CPU)(method).rankings[0] for split in splits]
-    assert list(together.rankings) == alone
-    assert together.mAP == pytest.approx(statistics.fmean(ranking.mAP for ranking in alone))
-    assert method.training
-
-
-def test_single_shot_lists_are_checked_with_every_evaluation(splits: list[EvaluationSet], tmp_path: Path) -> None:
-    """A second match of a query slips into the gallery: mINP is no longer mAP."""
-    wrong = EvaluationSet("prid", splits[0].query, (*splits[0].gallery, ImageRecord(tmp_path / "3_1.png", 0, 1)))
-    config = preset("standin", method="baseline", threads=1)
-    with pytest.raises(RuntimeError, match=r"prid: mINP .* is not mAP"):
-        Evaluator([wrong], config, CPU)(build_method(config, [4, 4]))
-
-
-def test_one_split_can_be_chosen(splits: list[EvaluationSet]) -> None:
-    assert chosen_splits(splits, preset("standin")) == splits
-    assert chosen_splits(splits, preset("standin", test_split=1)) == splits[1:]
-    with pytest.raises(UsageError, match=r"prid has 2 split\(s\), numbered from 0; got 2"):
-        chosen_splits(splits, preset("standin", test_split=2))
-
-
-def test_flip_test_makes_mirror_images_equal(splits: list[EvaluationSet]) -> None:
-    config = preset("standin", method="baseline", threads=1, flip_test=True)
-    method = build_method(config, [4, 4])
-    evaluator = Evaluator(splits, config, CPU)
-    method.eval()
-    features = evaluator._passes(method, range(3))
-    plain = Evaluator(splits, config.replace(flip_test=False), CPU)._passes(method, range(3))
-    torch.testing.assert_close(features, 2 * plain, rtol=1e-3, atol=1e-4)  # one-coloured images mirror to themselves
+def test_bad_target_and_checkpoint_are_one_line(
+    finished: dict[str, Path], standin_tiny: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert run(finished["both"], "--data-root", str(standin_tiny), "--target", "market") == 2
+    assert "did you mean 'market1501'" in capsys.readouterr().err
+    assert run(tmp_path, "--target", "market1501") == 2
+    assert "is not a file; a run writes it as" in capsys.readouterr().err

@@ -1,390 +1,194 @@
-"""Training on the real tiny stand-in: schedule, exact resume, failures, the files of a unit."""
+"""The trainer's part of a step: what `update` promises to a method, augmentation on the device, the check of weights."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+import copy
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from tasks import make_task
+from torch import Tensor, nn
 
-import lda
-from lda import evaluate, train
-from lda.checkpoint import read_checkpoint
-from lda.config import Config, preset
-from lda.data.sources import build_task
-from lda.errors import UsageError
-from lda.runs import RunFolder, read_metrics
-from lda.trainer import Progress, Trainer, TrainingError, _take_over, learning_rate, run_unit
+from lda import methods
+from lda.batch import Batch, Layout
+from lda.config import preset
+from lda.data.sources import Task
+from lda.groups import Setup
+from lda.methods.base import Losses, Method, ParameterGroup, Update
+from lda.settings import Settings
+from lda.trainer import Trainer, TrainingError
 
-
-def quick(**changes: Any) -> Config:
-    """A run of seconds."""
-    settings = {"epochs": 3, "steps_per_epoch": 4, "warmup_epochs": 1, "milestones": (2,), "bank_warmup_updates": 1}
-    settings |= {"evaluate_every": 1, "log_every": 1, "threads": 1, "wandb": "disabled", "protocol": "protocol3"}
-    return preset("standin", **{**settings, **changes})
+CPU = torch.device("cpu")
 
 
-class StopError(RuntimeError):
-    """Raised by a test in the middle of a run."""
+@dataclass(frozen=True, kw_only=True)
+class Nothing(Settings):
+    pass
 
 
-def stop_at(step: int) -> Any:
-    def on_progress(progress: Progress) -> None:
-        if progress.step == step:
-            raise StopError
+class TwoParts(Method):
+    """A linear map and a gate; tests give it the step they want."""
 
-    return on_progress
+    title = "two parts"
+    reference = "this test"
+    Settings = Nothing
+    layout = Layout(views=2)
 
+    def __init__(self, settings: Any, setup: Setup) -> None:
+        super().__init__(settings, setup)
+        self.map = nn.Conv2d(3, 4, 1)
+        self.gate = nn.Parameter(torch.ones(4))
+        self.frozen = nn.Parameter(torch.ones(1))
+        self.seen: list[Batch] = []
+        self.prepared = 0
 
-@pytest.fixture(scope="module")
-def finished(standin_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished unit."""
-    folder = tmp_path_factory.mktemp("finished")
-    run_unit(quick(), folder, data_root=standin_tiny)
-    return folder
+    def parameter_groups(self) -> dict[str, ParameterGroup]:
+        return {
+            "main": ParameterGroup(list(self.map.parameters())),
+            "gates": ParameterGroup([self.gate], rate=10.0, decay=False),
+        }
 
+    def prepare(self, sources: Any) -> None:
+        self.prepared = sum(len(batch.labels) for batch in sources)
 
-def state_of(folder: Path) -> dict[str, Any]:
-    checkpoint = read_checkpoint(folder / "checkpoint.pt")
-    return {
-        **checkpoint.method,
-        **{f"optimizer/{k}/{n}": v for k, s in checkpoint.optimizer["state"].items() for n, v in s.items()},
-    }
+    def features(self, images: Tensor) -> Tensor:
+        return self.map(images).mean((2, 3)) * self.gate
 
+    def train_step(self, batch: Batch, step: int, update: Update) -> Losses:
+        self.seen.append(batch)
+        return self.behave(batch, step, update)
 
-def assert_same(left: Path, right: Path) -> None:
-    ours, theirs = state_of(left), state_of(right)
-    assert ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        assert torch.equal(value, theirs[key]), key
-    rows = [
-        [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(f / "metrics.jsonl")]
-        for f in (left, right)
-    ]
-    assert rows[0] == rows[1]
-    results = [json.loads((folder / "result.json").read_text()) for folder in (left, right)]
-    for result in results:
-        del result["seconds"], result["images_per_second"]
-    assert results[0] == results[1]
-
-
-def test_learning_rate_schedule() -> None:
-    config = quick(learning_rate=1.0, warmup_factor=0.2, epochs=6, milestones=(2, 4), gamma=0.1)
-    rates = [learning_rate(config, step) for step in range(24)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[7:10] == pytest.approx([1.0, 0.1, 0.1])
-    assert rates[16:] == pytest.approx([0.01] * 8)
-    assert learning_rate(config.replace(warmup_epochs=0), 0) == 1.0
-
-
-def test_unit_leaves_its_files(finished: Path) -> None:
-    names = {path.name for path in finished.iterdir()}
-    assert names == {"config.json", "env.json", "metrics.jsonl", "checkpoint.pt", "buffer_bank.npz", "result.json"}
-    result = json.loads((finished / "result.json").read_text())
-    assert result["data"] == "stand-in"
-    assert result["selection"]["rule"] == "source_validation"
-    assert set(result["selection"]["per_source"]) == {"msmt17", "cuhk_sysu", "cuhk03"}
-    assert result["selection"]["score"] == pytest.approx(np.mean(list(result["selection"]["per_source"].values())))
-    assert 0.0 < result["mAP"] <= 1.0
-    assert result["steps"] == 12
-    assert 1.0 <= result["feature/effective_rank"] <= 192
-    rows = read_metrics(finished / "metrics.jsonl")
-    losses = [row for row in rows if "loss/total" in row]
-    assert [row["step"] for row in losses] == list(range(1, 13))
-    assert "loss/alignment" in losses[-1]
-    assert [row["step"] for row in rows if "val/mAP" in row] == [4, 8, 12]
-
-
-def test_bank_file_is_the_trained_bank(finished: Path) -> None:
-    state = read_checkpoint(finished / "checkpoint.pt").method
-    with np.load(finished / "buffer_bank.npz") as bank:
-        assert bank["domains"].tolist() == ["msmt17", "cuhk_sysu", "cuhk03"]
-        layers = bank["layers"].tolist()
-        assert layers[0] == "bn1"
-        assert layers[-1] == "output"
-        np.testing.assert_array_equal(bank["var/layer2.0.bn1"], state["backbone.layer2.0.bn1.bank.var"].numpy())
-        assert int(bank["count/bn1"].sum()) == 12
-
-
-def test_finished_unit_is_returned_at_once(finished: Path, standin_tiny: Path) -> None:
-    before = (finished / "result.json").stat().st_mtime_ns
-    result = run_unit(quick(), finished, data_root=standin_tiny, on_progress=stop_at(1))
-    assert result == json.loads((finished / "result.json").read_text())
-    assert (finished / "result.json").stat().st_mtime_ns == before
-
-
-@pytest.mark.parametrize("step", [4, 6, 12])
-def test_interrupted_and_resumed_equals_uninterrupted(
-    step: int, finished: Path, standin_tiny: Path, tmp_path: Path
-) -> None:
-    """Bit for bit: weights, banks, optimiser, metrics, result."""
-    with pytest.raises(StopError):
-        run_unit(quick(), tmp_path, data_root=standin_tiny, on_progress=stop_at(step))
-    assert not (tmp_path / "result.json").exists()
-    seen: list[int] = []
-    run_unit(quick(), tmp_path, data_root=standin_tiny, on_progress=lambda p: seen.append(p.step))
-    assert seen == list(range(step // 4 * 4 + 1, 13))
-    assert_same(tmp_path, finished)
-
-
-def test_killed_and_continued_equals_uninterrupted(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
-    """The same with SIGKILL on the real command."""
-    settings = [
-        f"{k}={v}"
-        for k, v in quick().to_dict().items()
-        if k
-        in (
-            "epochs",
-            "steps_per_epoch",
-            "warmup_epochs",
-            "bank_warmup_updates",
-            "evaluate_every",
-            "log_every",
-            "threads",
-            "wandb",
-        )
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "lda.train",
-        "--data-root",
-        str(standin_tiny),
-        "--preset",
-        "standin",
-        "--output",
-        str(tmp_path),
-        "--set",
-        *settings,
-        "milestones=2",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "lda on market1501 (stand-in, fused, step AP): mAP" in done.stdout
-    assert_same(tmp_path, finished)
-
-
-def test_number_of_loader_workers_changes_nothing(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
-    run_unit(quick(loader_workers=2), tmp_path, data_root=standin_tiny)
-    assert_same(tmp_path, finished)
-
-
-def test_augmenting_on_the_device_sees_the_same_batches(standin_tiny: Path) -> None:
-    """On a GPU the trainer augments uint8 batches itself, from the generator of the step; here on the CPU."""
-    config, cpu = quick(auto_augment_probability=0.3), torch.device("cpu")
-    task = build_task("protocol3", "market1501", standin_tiny, validation_fraction=config.validation_fraction)
-    usual, deferred = Trainer(config, task, cpu), Trainer(config, task, cpu)
-    assert usual.augment is None
-    deferred.augment, deferred.batches.augment = deferred.batches.augment, None
-    for _ in range(3):
-        rows = [trainer.train_step(next(iter(trainer.loader()))) for trainer in (usual, deferred)]
-        assert rows[0] == rows[1]
-    assert next(iter(deferred.loader())).images.dtype == torch.uint8
-
-
-def of_protocol1(target: str, **changes: Any) -> Config:
-    return quick(protocol="protocol1", target=target, **{"epochs": 1, "inference": "expert", **changes})
+    behave: Any = None
 
 
 @pytest.fixture(scope="module")
-def ilids(standin_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished unit of Protocol-1, whose targets share their sources."""
-    folder = tmp_path_factory.mktemp("protocol1") / "ilids"
-    run_unit(of_protocol1("ilids"), folder, data_root=standin_tiny)
-    return folder
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return make_task(tmp_path_factory.mktemp("tasks"), 2)
 
 
-def test_targets_with_the_same_sources_share_one_training(ilids: Path, standin_tiny: Path, tmp_path: Path) -> None:
-    """What i-LIDS's unit trained is tested on PRID as if PRID's unit had trained it, bit for bit."""
-    config = of_protocol1("prid", wandb="offline")
-    alone = run_unit(config, tmp_path / "alone", data_root=standin_tiny)
-    steps: list[int] = []
-    options: dict[str, Any] = {"data_root": standin_tiny, "on_progress": lambda progress: steps.append(progress.step)}
-    shared = run_unit(config, tmp_path / "shared", siblings=[tmp_path / "nowhere", ilids], **options)
-    assert steps == []
-    assert (shared["trained_in"], alone["trained_in"]) == ("ilids", "")
-    assert shared["images_per_second"] > 0
-    for changed in ("trained_in", "seconds", "images_per_second"):
-        del shared[changed], alone[changed]
-    assert shared == alone
-    assert read_checkpoint(tmp_path / "shared" / "checkpoint.pt").config == config
-    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("shared", "alone")]
-    assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
-    assert len(list((tmp_path / "shared").glob("wandb/offline-run-*"))) == 1
+def trainer_of(task: Task, monkeypatch: pytest.MonkeyPatch, behave: Any, **changes: Any) -> Trainer:
+    monkeypatch.setattr(methods, "build", lambda chosen, setup: TwoParts(Nothing(), setup))
+    settings = {"image_height": 32, "image_width": 16, "ids_per_batch": 4, "images_per_id": 2, "warmup_epochs": 0}
+    trainer = Trainer(preset("standin", threads=1, **{**settings, **changes}), task, CPU)
+    trainer.method.behave = behave.__get__(trainer.method)
+    return trainer
 
 
-@pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"bank_momentum": 0.5}, {"selection": "oracle"}, {"epochs": 2}, {"protocol": "protocol3"}]
-)
-def test_another_training_is_never_taken_over(
-    change: dict[str, Any], ilids: Path, standin_tiny: Path, tmp_path: Path
-) -> None:
-    config = of_protocol1("market1501" if "protocol" in change else "prid").replace(**change)
-    task = build_task(config.protocol, config.target, standin_tiny, validation_fraction=config.validation_fraction)
-    run = RunFolder(tmp_path / "run", config, config.unit_hash(task.data_hash))
-    _take_over(run, config, task, [ilids])
-    assert not (run.path / "checkpoint.pt").exists()
+def state(trainer: Trainer) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in trainer.method.state_dict().items()}
 
 
-def test_an_unfinished_or_damaged_training_is_not_taken_over(
-    ilids: Path, standin_tiny: Path, tmp_path: Path, capsys: Any
-) -> None:
-    config = of_protocol1("prid")
-    task = build_task("protocol1", "prid", standin_tiny, validation_fraction=config.validation_fraction)
-    run = RunFolder(tmp_path / "run", config, config.unit_hash(task.data_hash))
-    sibling = tmp_path / "ilids"
-    shutil.copytree(ilids, sibling)
-    (sibling / "result.json").rename(tmp_path / "result.json")
-    _take_over(run, config, task, [sibling])
-    (tmp_path / "result.json").rename(sibling / "result.json")
-    os.truncate(sibling / "checkpoint.pt", 1000)
-    _take_over(run, config, task, [sibling])
-    assert "it may be truncated; training again" in capsys.readouterr().err
-    assert not (run.path / "checkpoint.pt").exists()
-    _take_over(run, config, task, [sibling, ilids])
-    assert (run.path / "checkpoint.pt").exists()
+def test_only_the_named_groups_move_and_keep_their_moments(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    def behave(self: TwoParts, batch: Batch, step: int, update: Update) -> Losses:
+        losses = {"loss/total": self.features(batch.images).square().mean()}
+        update(losses, groups=("main",) if step < 2 else ("gates",))
+        return losses
+
+    trainer = trainer_of(task, monkeypatch, behave)
+    for step in range(2):
+        trainer.train_step(trainer.batches[step])
+    before, moments = state(trainer), copy.deepcopy(trainer.optimizer.state_dict()["state"])
+    assert torch.equal(before["gate"], torch.ones(4))
+    trainer.train_step(trainer.batches[2])
+    after = state(trainer)
+    assert torch.equal(after["map.weight"], before["map.weight"])
+    assert torch.equal(after["frozen"], torch.ones(1))
+    assert not torch.equal(after["gate"], before["gate"])
+    for number, values in moments.items():
+        for key, value in values.items():
+            assert torch.equal(value, trainer.optimizer.state_dict()["state"][number][key])
 
 
-def test_killed_after_its_last_step_a_unit_says_nothing_twice(
-    finished: Path, standin_tiny: Path, tmp_path: Path
-) -> None:
-    """Its checkpoint is complete and its last validation logged, but the result is not written."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    (folder / "result.json").unlink()
-    run_unit(quick(), folder, data_root=standin_tiny)
-    assert_same(folder, finished)
+def test_groups_have_their_own_rate_and_decay(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGD without momentum history: the first step is rate x (gradient + decay x weight)."""
+
+    def behave(self: TwoParts, batch: Batch, step: int, update: Update) -> Losses:
+        losses = {"loss/total": self.gate.sum() + self.map.weight.sum() + self.map.bias.sum()}
+        update(losses, groups=("main", "gates"), rule="plain_sgd")
+        return losses
+
+    trainer = trainer_of(task, monkeypatch, behave, learning_rate=0.01, weight_decay=0.5)
+    before = state(trainer)
+    row = trainer.train_step(trainer.batches[0])
+    after = state(trainer)
+    assert row["lr"] == pytest.approx(0.01)
+    torch.testing.assert_close(after["gate"], before["gate"] - 0.1)
+    torch.testing.assert_close(after["map.weight"], before["map.weight"] - 0.01 * (1 + 0.5 * before["map.weight"]))
+    assert trainer.optimizer.state_dict()["state"] == {}, "plain_sgd leaves the optimiser alone"
 
 
-def test_truncated_checkpoint_starts_again(finished: Path, standin_tiny: Path, tmp_path: Path, capsys: Any) -> None:
-    with pytest.raises(StopError):
-        run_unit(quick(), tmp_path, data_root=standin_tiny, on_progress=stop_at(9))
-    content = (tmp_path / "checkpoint.pt").read_bytes()
-    (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
-    run_unit(quick(), tmp_path, data_root=standin_tiny)
-    assert "starting the unit again" in capsys.readouterr().err
-    assert_same(tmp_path, finished)
+def test_several_updates_are_one_step_and_none_is_an_error(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    def behave(self: TwoParts, batch: Batch, step: int, update: Update) -> Losses:
+        for name in ("main", "gates") if step == 0 else ():
+            update({"loss/total": self.features(batch.images).mean(), f"loss/{name}": self.gate.sum()}, groups=(name,))
+        return {"feature/watched": self.gate.mean()}
+
+    trainer = trainer_of(task, monkeypatch, behave)
+    row = trainer.train_step(trainer.batches[0])
+    assert trainer.step == 1
+    assert {"loss/total", "loss/main", "loss/gates", "feature/watched", "lr"} == set(row)
+    with pytest.raises(TrainingError, match="train_step ended without an update"):
+        trainer.train_step(trainer.batches[1])
+    assert trainer.step == 1
 
 
-def test_non_finite_loss_names_term_and_step(standin_tiny: Path, tmp_path: Path) -> None:
-    config = quick(learning_rate=10.0, warmup_epochs=0, optimizer="sgd", steps_per_epoch=40, gamma=1.0)
-    message = r"loss/\w+ is (nan|inf) at step \d+ \(epoch 0, domain \w+, learning rate 10\); try a lower"
+def test_a_term_that_is_not_finite_is_named_before_anything_moves(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    def behave(self: TwoParts, batch: Batch, step: int, update: Update) -> Losses:
+        bad = self.gate.sum() * torch.nan
+        losses = {"loss/total": bad + self.gate.sum(), "loss/bad": bad, "loss/good": self.gate.sum()}
+        update(losses, groups=("gates",))
+        return losses
+
+    trainer = trainer_of(task, monkeypatch, behave)
+    before = state(trainer)
+    message = r"loss/bad is nan at step 0 \(epoch 0, domains source0, source1, learning rate 0.002\); try a lower"
     with pytest.raises(TrainingError, match=message):
-        run_unit(config, tmp_path, data_root=standin_tiny)
-    assert not (tmp_path / "checkpoint.pt").exists()
-    assert not (tmp_path / "result.json").exists()
+        trainer.train_step(trainer.batches[0])
+    assert all(torch.equal(before[key], value) for key, value in state(trainer).items())
 
 
-def test_weights_that_are_not_finite_are_never_saved(standin_tiny: Path, tmp_path: Path) -> None:
-    """The step that breaks the weights has a finite loss; no later loss of the epoch tells."""
-    config = quick(learning_rate=10.0, warmup_epochs=0, optimizer="sgd", steps_per_epoch=1, gamma=1.0, weight_decay=1.0)
-    with pytest.raises(TrainingError, match=r"is not finite after step|loss/"):
-        run_unit(config.replace(epochs=60, evaluate_every=0), tmp_path, data_root=standin_tiny)
-    if (tmp_path / "checkpoint.pt").exists():
-        assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "checkpoint.pt").method.values())
+def test_an_unknown_group_is_told(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    def behave(self: TwoParts, batch: Batch, step: int, update: Update) -> Losses:
+        update({"loss/total": self.gate.sum()}, groups=("gate",))
+        return {}
+
+    trainer = trainer_of(task, monkeypatch, behave)
+    with pytest.raises(ValueError, match="the method's parameter groups are main, gates"):
+        trainer.train_step(trainer.batches[0])
 
 
-def test_other_configuration_in_the_same_folder_is_refused(finished: Path, standin_tiny: Path) -> None:
-    with pytest.raises(UsageError, match="differ in: bank_momentum"):
-        run_unit(quick(bank_momentum=0.5), finished, data_root=standin_tiny)
+def test_a_layout_of_two_views_shows_two_augmentations(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the trainer augments uint8 batches itself, from the generator of step and view; here on the CPU."""
+
+    def behave(self: TwoParts, batch: Batch, step: int, update: Update) -> Losses:
+        losses = {"loss/total": self.features(batch.images).mean()}
+        update(losses)
+        return losses
+
+    usual, deferred = (trainer_of(task, monkeypatch, behave, auto_augment_probability=0.3) for _ in range(2))
+    deferred.augment, deferred.batches.augment = deferred.batches.augment, None
+    for step in range(3):
+        rows = [trainer.train_step(trainer.batches[step]) for trainer in (usual, deferred)]
+        assert rows[0] == rows[1]
+        ours, theirs = usual.method.seen[step], deferred.method.seen[step]
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.second, theirs.second)
+        assert not torch.equal(ours.images, ours.second)
+    assert deferred.batches[0].images.dtype == torch.uint8
 
 
-def test_source_scores_do_not_see_the_target(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
-    """Selection on the target happens under the name oracle only."""
-    rows = read_metrics(finished / "metrics.jsonl")
-    assert not any("market1501" in key or "oracle" in key for row in rows for key in row)
-    result = run_unit(quick(selection="oracle"), tmp_path, data_root=standin_tiny)
-    assert result["selection"] == {"rule": "oracle", "score": result["mAP"], "per_source": {}}
-    assert any("val/oracle" in row for row in read_metrics(tmp_path / "metrics.jsonl"))
+def test_prepare_sees_every_source_image_once(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(task, monkeypatch, lambda self, batch, step, update: {})
+    trainer.prepare()
+    assert trainer.method.prepared == sum(len(source.records) for source in task.sources)
 
 
-def test_baseline_unit_has_no_bank(standin_tiny: Path, tmp_path: Path) -> None:
-    result = run_unit(quick(method="baseline"), tmp_path, data_root=standin_tiny)
-    assert result["inference"] == "plain"
-    assert not (tmp_path / "buffer_bank.npz").exists()
-
-
-def test_in_domain_trains_on_the_targets_training_part(standin_tiny: Path, tmp_path: Path) -> None:
-    result = run_unit(quick(method="baseline", protocol="in_domain"), tmp_path, data_root=standin_tiny)
-    assert set(result["selection"]["per_source"]) == {"market1501"}
-
-
-def test_loaded_checkpoint_extracts_features(finished: Path) -> None:
-    method = lda.load(finished / "checkpoint.pt")
-    images = torch.randn(2, 3, 64, 32)
-    with torch.inference_mode():
-        features = method(images)
-    assert features.shape == (2, 192)
-    assert not method.training
-
-
-def test_evaluate_command_agrees_with_the_run(finished: Path, standin_tiny: Path, capsys: Any) -> None:
-    arguments = ["--checkpoint", str(finished / "checkpoint.pt"), "--data-root", str(standin_tiny)]
-    assert evaluate.main([*arguments, "--target", "market1501"]) == 0
-    result = json.loads((finished / "result.json").read_text())
-    assert json.loads(capsys.readouterr().out)["mAP"] == pytest.approx(result["mAP"], abs=1e-6)
-    assert evaluate.main([*arguments, "--target", "market1501", "--set", "inference=expert"]) == 0
-    assert json.loads(capsys.readouterr().out)["inference"] == "expert"
-    for more, message in (
-        (["--target", "market"], "did you mean 'market1501'"),
-        (["--target", "prid", "--set", "x=1"], "unknown setting"),
-    ):
-        assert evaluate.main([*arguments, *more]) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert len(error.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--protocol", "protokol3"], "did you mean 'protocol3'"),
-        (["--target", "market"], "did you mean 'market1501'"),
-        (["--set", "bank_momentun=1"], "did you mean 'bank_momentum'"),
-        (["--set", "bank_momentum=7"], "out of range"),
-        (["--preset", "standing"], "did you mean 'standin'"),
-        (["--data-root", "/nowhere/at/all", "--preset", "standin"], "/nowhere/at/all"),
-        (["--set", "device=cuda:77"], "is not there"),
-    ],
-)
-def test_bad_usage_is_one_line_and_exit_2(arguments: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
-    assert train.main(["--output", str(tmp_path / "run"), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) == 1
-
-
-def test_interrupt_exits_130_and_says_how_to_go_on(standin_tiny: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "lda.train",
-        "--data-root",
-        str(standin_tiny),
-        "--preset",
-        "standin",
-        "--output",
-        str(tmp_path),
-    ]
-    command += ["--set", "epochs=500", "milestones=400", "threads=1", "wandb=disabled", "log_every=1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on" in err
-    assert "Traceback" not in err
+def test_weights_that_are_not_finite_are_told(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(task, monkeypatch, lambda self, batch, step, update: {})
+    trainer.check_weights()
+    with torch.no_grad():
+        trainer.method.gate[0] = torch.inf
+    with pytest.raises(TrainingError, match="gate is not finite after step 0"):
+        trainer.check_weights()

@@ -1,0 +1,183 @@
+"""A trained method on query and gallery: splits, flip, adaptation, what result.json gets."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lda.method import build_method
+from PIL import Image
+from torch import Tensor
+
+from lda.config import Config, preset
+from lda.data.records import ImageRecord
+from lda.data.sources import EvaluationSet
+from lda.errors import UsageError
+from lda.evaluate import Evaluation, Evaluator, chosen_splits, effective_rank, metrics
+from lda.ranking import RankingResult, Scorer
+
+CPU = torch.device("cpu")
+
+
+def build_method(config: Config, num_ids: list[int]) -> Method:
+    return methods.build(config.method, config.setup(num_ids))
+
+
+def test_effective_rank_of_known_spectra() -> None:
+    """k equal directions have rank k; one direction has rank 1; identical features have no spread at all."""
+    basis = torch.eye(8)[:4]
+    assert effective_rank(torch.cat([basis, -basis])) == pytest.approx(4.0)
+    line = torch.linspace(-1, 1, 9)[:, None] * torch.ones(1, 5)
+    assert effective_rank(line) == pytest.approx(1.0)
+    assert effective_rank(torch.ones(6, 5)) == pytest.approx(1.0)
+
+
+def rankings(*values: tuple[float, float]) -> tuple[RankingResult, ...]:
+    return tuple(RankingResult(mAP=m, cmc=(r,) * 50, mINP=m, num_valid_queries=10) for m, r in values)
+
+
+def test_metrics_of_one_split_are_its_own() -> None:
+    row = metrics(Evaluation(rankings((0.5, 0.25)), 2.0))
+    assert (row["mAP"], row["rank1"], row["num_splits"]) == (0.5, 0.25, 1)
+    assert "mAP_std" not in row
+
+
+def test_metrics_of_several_splits_are_mean_and_spread() -> None:
+    values = [(0.5, 0.2), (0.6, 0.4), (0.7, 0.3)]
+    row = metrics(Evaluation(rankings(*values), 2.0))
+    assert row["mAP"] == pytest.approx(0.6)
+    assert row["mAP_std"] == pytest.approx(statistics.stdev([0.5, 0.6, 0.7]))
+    assert row["rank1_std"] == pytest.approx(statistics.stdev([0.2, 0.3, 0.4]))
+    assert [split["rank1"] for split in row["splits"]] == [0.2, 0.4, 0.3]
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> list[EvaluationSet]:
+    """Two single-shot splits of six persons, cameras 0 and 1."""
+    records = {}
+    for pid in range(6):
+        for camid in range(2):
+            path = tmp_path / f"{pid}_{camid}.png"
+            colour = (40 * pid, 255 - 40 * pid, 90 + 60 * camid)
+            Image.new("RGB", (32, 64), colour).save(path)
+            records[pid, camid] = ImageRecord(path, pid, camid)
+    return [
+        EvaluationSet("prid", tuple(records[p, 0] for p in pids), tuple(records[p, 1] for p in range(6)))
+        for pids in ((0, 1, 2), (2, 3, 4, 5))
+    ]
+
+
+def test_every_split_equals_its_own_evaluation(splits: list[EvaluationSet]) -> None:
+    config = preset("standin", method="baseline", threads=1)
+    method = build_method(config, [4, 4])
+    together = Evaluator(splits, config, CPU)(method)
+    alone = [Evaluator([split], config, CPU)(method).rankings[0] for split in splits]
+    assert list(together.rankings) == alone
+    assert together.mAP == pytest.approx(statistics.fmean(ranking.mAP for ranking in alone))
+    assert method.training
+
+
+def test_single_shot_lists_are_checked_with_every_evaluation(splits: list[EvaluationSet], tmp_path: Path) -> None:
+    """A second match of a query slips into the gallery: mINP is no longer mAP."""
+    wrong = EvaluationSet("prid", splits[0].query, (*splits[0].gallery, ImageRecord(tmp_path / "3_1.png", 0, 1)))
+    config = preset("standin", method="baseline", threads=1)
+    with pytest.raises(RuntimeError, match=r"prid: mINP .* is not mAP"):
+        Evaluator([wrong], config, CPU)(build_method(config, [4, 4]))
+
+
+def test_one_split_can_be_chosen(splits: list[EvaluationSet]) -> None:
+    assert chosen_splits(splits, preset("standin").test) == splits
+    assert chosen_splits(splits, preset("standin", test_split=1).test) == splits[1:]
+    with pytest.raises(UsageError, match=r"prid has 2 split\(s\), numbered from 0; got 2"):
+        chosen_splits(splits, preset("standin", test_split=2).test)
+
+
+def test_flip_test_makes_mirror_images_equal(splits: list[EvaluationSet]) -> None:
+    config = preset("standin", method="baseline", threads=1, flip_test=True)
+    method = build_method(config, [4, 4])
+    evaluator = Evaluator(splits, config, CPU)
+    method.eval()
+    scorer = method.scorer()
+    features = evaluator._encodings(method, scorer)
+    plain = Evaluator(splits, config.replace(flip_test=False), CPU)._encodings(method, scorer)
+    torch.testing.assert_close(features, 2 * plain, rtol=1e-3, atol=1e-4)  # one-coloured images mirror to themselves
+
+
+class Adapting(Method):
+    """Adds up what it is shown of the target, and encodes by it."""
+
+    title = "adapting"
+    reference = "this test"
+
+    def __init__(self, settings: Any, setup: Setup) -> None:
+        super().__init__(settings, setup)
+        self.register_buffer("shown", torch.zeros(3))
+        self.sides: list[tuple[str, int]] = []
+
+    @property
+    def looks_at_target(self) -> bool:
+        return True
+
+    def adapt(self, target: Iterable[TargetImages]) -> None:
+        for images, camids, side in target:
+            assert len(images) == len(camids)
+            self.shown += images.mean((0, 2, 3))
+            self.sides.append((side, len(images)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3)) + self.shown
+
+
+def test_a_method_that_looks_at_the_target_does_so_on_a_copy(splits: list[EvaluationSet]) -> None:
+    """Every image once, queries first; what it learns there does not stay."""
+    config = preset("standin", threads=1)
+    method = Adapting(Settings(), config.setup([4]))
+    evaluator = Evaluator(splits, config, CPU)
+    first, second = evaluator(method), evaluator(method)
+    assert first.rankings == second.rankings
+    assert torch.equal(method.shown, torch.zeros(3))
+    assert method.sides == []
+    adapted = evaluator._adapted(method)
+    assert adapted.sides == [("query", 5), ("gallery", 6)]
+
+
+class Matching(Method):
+    """Encodes maps, compared pair by pair."""
+
+    title = "matching"
+    reference = "this test"
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images[:, :, ::16, ::16]
+
+    def scorer(self) -> Scorer:
+        return PositionScorer()
+
+
+class PositionScorer:
+    """Mean over positions of the best product with any position of the other image."""
+
+    tie = 0.0
+    pairs_per_block: int | None = 8
+    adds_flip = False
+    pair_cost: int | None = 3 * 8 * 8
+
+    def prepare(self, encodings: Tensor) -> Tensor:
+        return encodings.flatten(2)
+
+    def scores(self, query: Tensor, gallery: Tensor) -> Tensor:
+        return torch.einsum("qcs,gct->qgst", query, gallery).amax(3).mean(2)
+
+
+def test_maps_are_ranked_by_the_methods_own_scorer(splits: list[EvaluationSet]) -> None:
+    config = preset("standin", threads=1)
+    method = Matching(Settings(), config.setup([4]))
+    evaluation = Evaluator(splits, config, CPU)(method)
+    assert evaluation.effective_rank is None
+    assert len(evaluation.rankings) == 2
+    with pytest.raises(UsageError, match="flip_test: encodings of matching cannot be added; set flip_test=false"):
+        Evaluator(splits, config.replace(flip_test=True), CPU)(method)

@@ -1,0 +1,352 @@
+"""Units on the real tiny stand-in: exact resume, shared trainings, failures, the files they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lda
+from lda import train
+from lda.checkpoint import read_checkpoint
+from lda.config import Config, preset
+from lda.errors import UsageError
+from lda.runs import Result, Selection, read_metrics
+from lda.trainer import TrainingError
+from lda.unit import Progress, run_unit
+
+
+def quick(**changes: Any) -> Config:
+    """A run of seconds."""
+    settings = {"epochs": 3, "steps_per_epoch": 4, "warmup_epochs": 1, "milestones": (2,)}
+    if "method" not in changes:
+        settings |= {"bank_warmup_updates": 1}
+    settings |= {"evaluate_every": 1, "log_every": 1, "threads": 1, "wandb": "disabled", "protocol": "protocol3"}
+    return preset("standin", **{**settings, **changes})
+
+
+class StopError(RuntimeError):
+    """Raised by a test in the middle of a run."""
+
+
+def stop_at(step: int) -> Any:
+    def on_progress(progress: Progress) -> None:
+        if progress.step == step:
+            raise StopError
+
+    return on_progress
+
+
+@pytest.fixture(scope="module")
+def finished(standin_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished unit."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_unit(quick(), folder, data_root=standin_tiny)
+    return folder
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    checkpoint = read_checkpoint(folder / "checkpoint.pt")
+    return {
+        **checkpoint.method,
+        **{f"optimizer/{k}/{n}": v for k, s in checkpoint.optimizer["state"].items() for n, v in s.items()},
+    }
+
+
+def assert_same(left: Path, right: Path) -> None:
+    ours, theirs = state_of(left), state_of(right)
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
+    rows = [
+        [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(f / "metrics.jsonl")]
+        for f in (left, right)
+    ]
+    assert rows[0] == rows[1]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (left, right)]
+    for result in results:
+        del result["seconds"], result["images_per_second"]
+    assert results[0] == results[1]
+
+
+def test_unit_leaves_its_files(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"config.json", "env.json", "metrics.jsonl", "checkpoint.pt", "buffer_bank.npz", "result.json"}
+    result = json.loads((finished / "result.json").read_text())
+    assert result["data"] == "stand-in"
+    assert result["selection"]["rule"] == "source_validation"
+    assert set(result["selection"]["per_source"]) == {"msmt17", "cuhk_sysu", "cuhk03"}
+    assert result["selection"]["score"] == pytest.approx(np.mean(list(result["selection"]["per_source"].values())))
+    assert 0.0 < result["mAP"] <= 1.0
+    assert result["steps"] == 12
+    assert 1.0 <= result["effective_rank"] <= 192
+    assert (result["title"], result["inference"], result["target_data"]) == ("LDA", "fused", False)
+    assert result["cost"] == {"train_passes": 2, "test_forwards": 4, "test": "vector"}
+    assert set(result["content"]["sources"]) == {"msmt17", "cuhk_sysu", "cuhk03"}
+    rows = read_metrics(finished / "metrics.jsonl")
+    losses = [row for row in rows if "loss/total" in row]
+    assert [row["step"] for row in losses] == list(range(1, 13))
+    assert "loss/alignment" in losses[-1]
+    assert [row["step"] for row in rows if "val/mAP" in row] == [4, 8, 12]
+
+
+def test_bank_file_is_the_trained_bank(finished: Path) -> None:
+    state = read_checkpoint(finished / "checkpoint.pt").method
+    with np.load(finished / "buffer_bank.npz") as bank:
+        assert bank["domains"].tolist() == ["msmt17", "cuhk_sysu", "cuhk03"]
+        layers = bank["layers"].tolist()
+        assert layers[0] == "bn1"
+        assert layers[-1] == "output"
+        np.testing.assert_array_equal(bank["var/layer2.0.bn1"], state["backbone.layer2.0.bn1.bank.var"].numpy())
+        assert int(bank["count/bn1"].sum()) == 12
+
+
+def test_finished_unit_is_returned_at_once(finished: Path, standin_tiny: Path) -> None:
+    before = (finished / "result.json").stat().st_mtime_ns
+    result = run_unit(quick(), finished, data_root=standin_tiny, on_progress=stop_at(1))
+    assert result == Result.read(finished / "result.json")
+    assert (finished / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("step", [4, 6, 12])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    step: int, finished: Path, standin_tiny: Path, tmp_path: Path
+) -> None:
+    """Bit for bit: weights, banks, optimiser, metrics, result."""
+    with pytest.raises(StopError):
+        run_unit(quick(), tmp_path, data_root=standin_tiny, on_progress=stop_at(step))
+    assert not (tmp_path / "result.json").exists()
+    seen: list[int] = []
+    run_unit(quick(), tmp_path, data_root=standin_tiny, on_progress=lambda p: seen.append(p.step))
+    assert seen == list(range(step // 4 * 4 + 1, 13))
+    assert_same(tmp_path, finished)
+
+
+def test_killed_and_continued_equals_uninterrupted(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
+    """The same with SIGKILL on the real command."""
+    settings = [
+        f"{k}={v}"
+        for k, v in quick().to_dict().items()
+        if k
+        in (
+            "epochs",
+            "steps_per_epoch",
+            "warmup_epochs",
+            "bank_warmup_updates",
+            "evaluate_every",
+            "log_every",
+            "threads",
+            "wandb",
+        )
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "lda.train",
+        "--data-root",
+        str(standin_tiny),
+        "--preset",
+        "standin",
+        "--output",
+        str(tmp_path),
+        "--set",
+        *settings,
+        "milestones=2",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "LDA on market1501 (stand-in, fused, step AP): mAP" in done.stdout
+    assert_same(tmp_path, finished)
+
+
+def test_number_of_loader_workers_changes_nothing(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
+    run_unit(quick(loader_workers=2), tmp_path, data_root=standin_tiny)
+    assert_same(tmp_path, finished)
+
+
+def of_protocol1(target: str, **changes: Any) -> Config:
+    return quick(protocol="protocol1", target=target, **{"epochs": 1, "inference": "expert", **changes})
+
+
+@pytest.fixture(scope="module")
+def ilids(standin_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished unit of Protocol-1, whose targets share their sources."""
+    folder = tmp_path_factory.mktemp("protocol1") / "ilids"
+    run_unit(of_protocol1("ilids"), folder, data_root=standin_tiny)
+    return folder
+
+
+def test_targets_with_the_same_sources_share_one_training(ilids: Path, standin_tiny: Path, tmp_path: Path) -> None:
+    """What i-LIDS's unit trained is tested on PRID as if PRID's unit had trained it, bit for bit."""
+    config = of_protocol1("prid", wandb="offline")
+    alone = run_unit(config, tmp_path / "alone", data_root=standin_tiny)
+    steps: list[int] = []
+    options: dict[str, Any] = {"data_root": standin_tiny, "on_progress": lambda progress: steps.append(progress.step)}
+    shared = run_unit(config, tmp_path / "shared", trained=[tmp_path / "nowhere", ilids], **options)
+    assert steps == []
+    assert (shared.trained_in, alone.trained_in) == (f"{ilids.parent.name}/ilids", "")
+    assert shared.images_per_second > 0
+    same = {"trained_in": "", "seconds": 0.0, "images_per_second": 0.0}
+    assert replace(shared, **same) == replace(alone, **same)
+    assert read_checkpoint(tmp_path / "shared" / "checkpoint.pt").config == config
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("shared", "alone")]
+    assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
+    assert len(list((tmp_path / "shared").glob("wandb/offline-run-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"bank_momentum": 0.5}, {"selection": "oracle"}, {"epochs": 2}, {"protocol": "protocol3"}]
+)
+def test_another_training_is_never_taken_over(
+    change: dict[str, Any], ilids: Path, standin_tiny: Path, tmp_path: Path
+) -> None:
+    config = of_protocol1("market1501" if "protocol" in change else "prid").replace(**change)
+    with pytest.raises(StopError):  # it begins to train
+        run_unit(config, tmp_path / "run", data_root=standin_tiny, trained=[ilids], on_progress=stop_at(1))
+
+
+def test_an_unfinished_or_damaged_training_is_not_taken_over(
+    ilids: Path, standin_tiny: Path, tmp_path: Path, capsys: Any
+) -> None:
+    config, run = of_protocol1("prid"), tmp_path / "run"
+    unfinished, damaged = tmp_path / "unfinished", tmp_path / "damaged"
+    shutil.copytree(ilids, unfinished)
+    saved = read_checkpoint(ilids / "checkpoint.pt")
+    replace(saved, step=saved.step - 1).save(unfinished / "checkpoint.pt")
+    shutil.copytree(ilids, damaged)
+    os.truncate(damaged / "checkpoint.pt", 1000)
+    options: dict[str, Any] = {"data_root": standin_tiny, "on_progress": stop_at(1)}
+    with pytest.raises(StopError):
+        run_unit(config, run, trained=[unfinished, damaged], **options)
+    assert "it may be truncated; training again" in capsys.readouterr().err
+    assert run_unit(config, run, trained=[damaged, ilids], **options).trained_in
+
+
+def test_killed_after_its_last_step_a_unit_says_nothing_twice(
+    finished: Path, standin_tiny: Path, tmp_path: Path
+) -> None:
+    """Its checkpoint is complete and its last validation logged, but the result is not written."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "result.json").unlink()
+    run_unit(quick(), folder, data_root=standin_tiny)
+    assert_same(folder, finished)
+
+
+def test_truncated_checkpoint_starts_again(finished: Path, standin_tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(StopError):
+        run_unit(quick(), tmp_path, data_root=standin_tiny, on_progress=stop_at(9))
+    content = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    run_unit(quick(), tmp_path, data_root=standin_tiny)
+    assert "starting the unit again" in capsys.readouterr().err
+    assert_same(tmp_path, finished)
+
+
+def test_non_finite_loss_names_term_and_step(standin_tiny: Path, tmp_path: Path) -> None:
+    config = quick(learning_rate=10.0, warmup_epochs=0, optimizer="sgd", steps_per_epoch=40, gamma=1.0)
+    message = r"loss/\w+ is (nan|inf) at step \d+ \(epoch 0, domain \w+, learning rate 10\); try a lower"
+    with pytest.raises(TrainingError, match=message):
+        run_unit(config, tmp_path, data_root=standin_tiny)
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(standin_tiny: Path, tmp_path: Path) -> None:
+    """The step that breaks the weights has a finite loss; no later loss of the epoch tells."""
+    config = quick(learning_rate=10.0, warmup_epochs=0, optimizer="sgd", steps_per_epoch=1, gamma=1.0, weight_decay=1.0)
+    with pytest.raises(TrainingError, match=r"is not finite after step|loss/"):
+        run_unit(config.replace(epochs=60, evaluate_every=0), tmp_path, data_root=standin_tiny)
+    if (tmp_path / "checkpoint.pt").exists():
+        assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "checkpoint.pt").method.values())
+
+
+def test_other_configuration_in_the_same_folder_is_refused(finished: Path, standin_tiny: Path) -> None:
+    with pytest.raises(UsageError, match="differ in: bank_momentum"):
+        run_unit(quick(bank_momentum=0.5), finished, data_root=standin_tiny)
+
+
+def test_source_scores_do_not_see_the_target(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
+    """Selection on the target happens under the name oracle only."""
+    rows = read_metrics(finished / "metrics.jsonl")
+    assert not any("market1501" in key or "oracle" in key for row in rows for key in row)
+    result = run_unit(quick(selection="oracle"), tmp_path, data_root=standin_tiny)
+    assert result.selection == Selection("oracle", result.mAP, {})
+    assert any("val/oracle" in row for row in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_baseline_unit_has_no_bank(standin_tiny: Path, tmp_path: Path) -> None:
+    result = run_unit(quick(method="baseline"), tmp_path, data_root=standin_tiny)
+    assert (result.title, result.inference, result.cost.train_passes) == ("plain BN", "", 1)
+    assert not (tmp_path / "buffer_bank.npz").exists()
+
+
+def test_in_domain_trains_on_the_targets_training_part(standin_tiny: Path, tmp_path: Path) -> None:
+    result = run_unit(quick(method="baseline", protocol="in_domain"), tmp_path, data_root=standin_tiny)
+    assert set(result.selection.per_source) == {"market1501"}
+
+
+def test_loaded_checkpoint_extracts_features(finished: Path) -> None:
+    method = lda.load(finished / "checkpoint.pt")
+    images = torch.randn(2, 3, 64, 32)
+    with torch.inference_mode():
+        features = method(images)
+    assert features.shape == (2, 192)
+    assert not method.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--protocol", "protokol3"], "did you mean 'protocol3'"),
+        (["--target", "market"], "did you mean 'market1501'"),
+        (["--set", "bank_momentun=1"], "did you mean 'bank_momentum'"),
+        (["--set", "bank_momentum=7"], "out of range"),
+        (["--preset", "standing"], "did you mean 'standin'"),
+        (["--data-root", "/nowhere/at/all", "--preset", "standin"], "/nowhere/at/all"),
+        (["--set", "device=cuda:77"], "is not there"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(arguments: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
+    assert train.main(["--output", str(tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_interrupt_exits_130_and_says_how_to_go_on(standin_tiny: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "lda.train",
+        "--data-root",
+        str(standin_tiny),
+        "--preset",
+        "standin",
+        "--output",
+        str(tmp_path),
+    ]
+    command += ["--set", "epochs=500", "milestones=400", "threads=1", "wandb=disabled", "log_every=1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
