@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from lda.method import build_method
 from PIL import Image
 from torch import Tensor
 
+from lda import methods
 from lda.config import Config, preset
 from lda.data.records import ImageRecord
 from lda.data.sources import EvaluationSet
 from lda.errors import UsageError
-from lda.evaluate import Evaluation, Evaluator, chosen_splits, effective_rank, metrics
+from lda.groups import Setup
+from lda.methods.base import Method, TargetImages
 from lda.ranking import RankingResult, Scorer
+from lda.settings import Settings
+from lda.testing import Evaluation, Evaluator, chosen_splits, effective_rank, metrics
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""The trainer's part of a step: what `update` promises to a method, augmentation on the device, the check of weights."""
+"""The trainer's part of a step: what `update` promises, augmentation on the device, the check of weights."""
 
 from __future__ import annotations
 
