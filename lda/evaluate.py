@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from lda.checkpoint import load_method, read_checkpoint
 from lda.config import Config, parse_overrides
 from lda.data.cache import cache_dir
+from lda.data.options import DataOptions
 from lda.data.packed import pack
 from lda.data.sources import EvaluationSet, evaluation_splits
 from lda.data.standin.tree import ensure_standin
-from lda.data.survey import MARKER
 from lda.data.transforms import normalise
 from lda.device import choose_device, forward_context
 from lda.errors import UsageError
 from lda.method import Method
-from lda.protocols import SINGLE_SHOT
 from lda.ranking import RankingResult, evaluate_ranking
+from lda.settings import settings_of
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Evaluator:
             camera_rule=split.camera_rule,
             single_gallery_shot=split.single_gallery_shot,
         )
-        single = split.name in SINGLE_SHOT and self.config.average_precision == "step"
+        single = split.single_shot and self.config.average_precision == "step"
         if single and not math.isclose(ranking.mAP, ranking.mINP, abs_tol=1e-9):
             raise RuntimeError(
                 f"{split.name}: mINP {ranking.mINP} is not mAP {ranking.mAP}, though every query has one match; "
@@ -196,16 +196,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         method.config = config
         device = choose_device(config)
         root = options.data_root or ensure_standin()
-        splits = evaluation_splits(
-            options.target, root, cuhk03_boxes=config.cuhk03_boxes, cuhk03_protocol=config.cuhk03_protocol
-        )
-        evaluation = Evaluator(chosen_splits(splits, config), config, device)(method.to(device))
+        own = DataOptions(**{key: getattr(config, key) for key in settings_of(DataOptions)})
+        target = evaluation_splits(options.target, root, own)
+        evaluation = Evaluator(chosen_splits(target.splits, config), config, device)(method.to(device))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result = {
         "target": options.target,
-        "data": "stand-in" if (root / MARKER).is_file() else "real",
+        "data": target.kind,
         "inference": config.inference if config.method == "lda" else "baseline",
         "flip_test": config.flip_test,
         "average_precision": config.average_precision,

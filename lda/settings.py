@@ -81,7 +81,8 @@ class Settings:
     """A group of settings. Raises UsageError naming the key when a value has a wrong type or is out of range."""
 
     def __post_init__(self) -> None:
-        for name, known in settings_of(type(self)).items():
+        group: Any = type(self)  # mypy takes a class with a hash of its own for unhashable
+        for name, known in settings_of(group).items():
             object.__setattr__(self, name, checked(known, getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +91,7 @@ class Settings:
 
 
 @functools.cache
-def settings_of(group: type[Settings]) -> Mapping[str, Setting]:
+def settings_of(group: Any) -> Mapping[str, Setting]:
     """Name -> setting of a group, in the order in which they are written."""
     kinds = get_type_hints(group)
     return {

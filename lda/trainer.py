@@ -13,20 +13,22 @@ import numpy as np
 import torch
 
 from lda.bank_files import draw_banks, tabulate_banks, write_banks
+from lda.batch import Batch, Layout
 from lda.checkpoint import Checkpoint, read_checkpoint
 from lda.config import Config
-from lda.data.batches import Batch, IdentityBatches, batch_loader
+from lda.data.batches import IdentityBatches, batch_loader
 from lda.data.cache import cache_dir
+from lda.data.options import BatchSettings, DataOptions
 from lda.data.packed import pack
 from lda.data.sources import Task, build_task
 from lda.data.standin.tree import ensure_standin
-from lda.data.transforms import Augment
 from lda.device import choose_device, forward_context
 from lda.errors import UsageError
 from lda.evaluate import Evaluator, chosen_splits, metrics
 from lda.files import write_json
 from lda.method import LDA, Losses, Method, build_method
 from lda.runs import RunFolder, environment, read_metrics
+from lda.settings import settings_of
 from lda.tracking import RunLabels, Tracker
 
 _REMEDY = "try a lower learning_rate or a longer warmup_epochs"
@@ -52,6 +54,21 @@ class Progress:
     epoch: int
     images_per_second: float
     score: float | None = None
+
+
+def data_options(config: Config) -> DataOptions:
+    """The settings that lda.data owns of a run's."""
+    return DataOptions(**{key: getattr(config, key) for key in settings_of(DataOptions)})
+
+
+def batch_settings(config: Config) -> BatchSettings:
+    """The settings of batches of a run's."""
+    return BatchSettings(**{key: getattr(config, key) for key in settings_of(BatchSettings)})
+
+
+def joint_hash(task: Task) -> str:
+    """The content of all data sets of a task in one text."""
+    return "+".join(sorted({*task.content.sources.values(), task.content.target}))
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -89,22 +106,14 @@ class Trainer:
             self.method.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(config, self.method)
         packed = [pack(s.records, config.image_height, config.image_width, cache_dir()) for s in task.sources]
-        augment = Augment(
-            flip_probability=config.flip_probability,
-            pad=config.pad,
-            jitter_probability=config.jitter_probability,
-            auto_augment_probability=config.auto_augment_probability,
-        )
         # A GPU augments faster than the loader's processes, and a uint8 batch is a quarter of the copy.
-        self.augment = augment if device.type == "cuda" else None
         self.batches = IdentityBatches(
             task.sources,
             packed,
-            ids_per_batch=config.ids_per_batch,
-            images_per_id=config.images_per_id,
-            augment=augment if self.augment is None else None,
-            seed=config.seed,
-            pure=self.method.pure_batches,
+            batch_settings(config),
+            Layout("one" if self.method.pure_batches else "all"),
+            config.seed,
+            augmented=device.type != "cuda",
         )
 
     def loader(self) -> Any:
@@ -118,9 +127,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         images = batch.images.to(self.device, non_blocking=True)
-        if self.augment is not None:
-            images = self.augment(images, self.batches.generator(self.step))
         on_device = Batch(images, batch.labels.to(self.device), batch.domains)
+        if not self.batches.augmented:
+            on_device = self.batches.augment(on_device, self.step)
         with forward_context(self.device):
             losses = self.method.training_losses(on_device, self.step)
         scalars = self._checked(losses, batch)
@@ -193,20 +202,22 @@ def run_unit(
         config.protocol,
         config.target,
         data_root or ensure_standin(),
+        data_options(config),
         validation_fraction=config.validation_fraction,
-        cuhk03_boxes=config.cuhk03_boxes,
-        cuhk03_protocol=config.cuhk03_protocol,
-        msmt17_train=config.msmt17_train,
     )
-    run = RunFolder(folder, config, config.unit_hash(task.data_hash))
+    run = RunFolder(folder, config, config.unit_hash(joint_hash(task)))
     finished = run.result()
     if finished is not None:
         return finished
     write_json(folder / "env.json", environment(str(device)))
     _take_over(run, config, task, siblings)
     labels = labels or RunLabels(name=f"{config.method}-{config.target}-s{config.seed}")
-    data = "stand-in" if task.standin else "real"
-    details = {**config.to_dict(), "data": data, "sources": [s.name for s in task.sources], "versions": task.versions}
+    details = {
+        **config.to_dict(),
+        "data": task.content.kind,
+        "sources": [s.name for s in task.sources],
+        "versions": dict(task.versions),
+    }
     tracker = Tracker(folder, run.unit, details, labels, config.wandb)
     try:
         result = _Unit(config, task, device, run, tracker, on_progress or (lambda progress: None)).finish()
@@ -276,9 +287,9 @@ class _Unit:
             "flip_test": self.config.flip_test,
             "average_precision": self.config.average_precision,
             "selection": {"rule": self.config.selection, "score": score, "per_source": per_source},
-            "data": "stand-in" if self.task.standin else "real",
-            "data_hash": self.task.data_hash,
-            "versions": self.task.versions,
+            "data": self.task.content.kind,
+            "data_hash": joint_hash(self.task),
+            "versions": dict(self.task.versions),
             "seconds": round(self._seconds(), 2),
             "images_per_second": round(self.images_per_second, 1),
             "steps": self.trainer.step,

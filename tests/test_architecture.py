@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "lda.normalisation": set(),
     "lda.losses": set(),
     "lda.ranking": set(),
-    "lda.data": {"lda.protocols", "lda.command", "lda.data"},
+    "lda.data": {"lda.protocols", "lda.command", "lda.settings", "lda.batch", "lda.data"},
     "lda.networks": {"lda.normalisation"},
     "lda.method": {"lda.normalisation", "lda.losses", "lda.networks", "lda.config"},
     "lda.settings": set(),
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "lda.trainer": {"lda"},
     "lda.train": {"lda"},
     "sweeps": {"lda", "sweeps", "analysis"},
-    "analysis": {"lda.command", "lda.files", "lda.protocols", "lda.runs", "analysis"},
+    "analysis": {"lda.command", "lda.data.catalogue", "lda.files", "lda.protocols", "lda.runs", "analysis"},
 }
 ONLY_IMPORTER = {"wandb": "lda.tracking", "optuna": "sweeps"}
 FORBIDDEN = {
