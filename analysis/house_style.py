@@ -15,17 +15,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from lda.data.catalogue import names
 from lda.files import atomic
-from lda.protocols import DATASETS
 
 RESOLUTION = 300  # dots per inch of a saved PNG
 
 # Type as text (not outlines) in a PDF, so that a paper's reader can search and select it.
 _STYLE: dict[str, Any] = {"pdf.fonttype": 42, "axes.titlesize": "medium", "figure.titlesize": "medium"}
 
-# Ten colours that stay apart for colour-blind readers, one for each data set, the same in every figure.
-_PALETTE = dict(zip(DATASETS, sns.color_palette("colorblind", len(DATASETS)), strict=True))
-_MARKERS = dict(zip(DATASETS, ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*"), strict=True))
+# A data set has the colour and marker of its place in the catalogue, the same in every figure: first ten colours that
+# stay apart for colour-blind readers, then ten darker ones.
+_COLOURS = (*sns.color_palette("colorblind"), *sns.color_palette("dark"))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h", "d", "8")
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, NDArray[Any]]:
@@ -45,13 +46,18 @@ def style() -> Any:
 
 def colour(domain: str, position: int) -> tuple[float, float, float]:
     """A domain's colour; one that is no data set of ours takes that of its position."""
-    found: tuple[float, float, float] = _PALETTE.get(domain, list(_PALETTE.values())[position % len(_PALETTE)])
-    return found
+    red, green, blue = _COLOURS[_place(domain, position) % len(_COLOURS)]
+    return red, green, blue
 
 
 def marker(domain: str, position: int) -> str:
     """A domain's marker, for readers without colour."""
-    return _MARKERS.get(domain, list(_MARKERS.values())[position % len(_MARKERS)])
+    return _MARKERS[_place(domain, position) % len(_MARKERS)]
+
+
+def _place(domain: str, position: int) -> int:
+    known = names()
+    return known.index(domain) if domain in known else position
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -14,9 +14,10 @@ from typing import Any
 
 import pandas as pd
 
+from lda.data.catalogue import title
 from lda.errors import UsageError
 from lda.files import read_json
-from lda.protocols import DATASETS, PROTOCOLS, Protocol
+from lda.protocols import PROTOCOLS, Protocol
 from lda.runs import read_metrics
 
 PARAMETER = "param/"
@@ -98,7 +99,7 @@ def _first(rows: pd.DataFrame) -> pd.Series | None:
 
 def print_name(dataset: str) -> str:
     """A data set's name in print; a name that is not ours stays as it is."""
-    return DATASETS.get(dataset, dataset)
+    return title(dataset)
 
 
 def load_study(folder: Path) -> Study:

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from lda.errors import UsageError
 
 
-def exit_code(work: Callable[[], None]) -> int:
-    """Do `work`. 0 done, 1 failed (a disk that is full or not writable), 2 bad usage, 130 interrupted."""
+def exit_code(work: Callable[[], int | None]) -> int:
+    """Do `work`. 0 done, 1 failed (a disk that is full or not writable), 2 bad usage, 130 interrupted.
+
+    `work` may say by a code of its own that it is done and something is wrong.
+    """
     try:
-        work()
+        return work() or 0
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -20,8 +23,8 @@ def exit_code(work: Callable[[], None]) -> int:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from lda.checkpoint import load_method, read_checkpoint
 from lda.command import exit_code
 from lda.config import Config, check_keys, parse_overrides
 from lda.data.options import DataOptions
-from lda.data.sources import evaluation_target
+from lda.data.sources import evaluation_splits
 from lda.data.standin.tree import ensure_standin
 from lda.device import choose_device
 from lda.errors import UsageError
@@ -69,12 +69,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         changes["test_split"] = options.split
     config = test_config(checkpoint.config, options.target, changes)
     device = choose_device(config.machine)
-    target = evaluation_target(options.target, options.data_root or ensure_standin(), config.data)
+    target = evaluation_splits(options.target, options.data_root or ensure_standin(), config.data)
     method = load_method(checkpoint, config).to(device)
     evaluation = Evaluator(chosen_splits(target.splits, config.test), config, device)(method)
     result = {
         "target": options.target,
-        "data": "stand-in" if target.standin else "real",
+        "data": target.kind,
         "method": config.method.name,
         "inference": method.inference,
         "target_data": method.looks_at_target,

@@ -14,27 +14,6 @@ from lda.errors import UsageError, unknown
 
 SourcePart = Literal["train", "all"]
 
-DATASETS: dict[str, str] = {
-    "market1501": "Market-1501",
-    "msmt17": "MSMT17",
-    "cuhk_sysu": "CUHK-SYSU",
-    "cuhk02": "CUHK02",
-    "cuhk03": "CUHK03",
-    "prid": "PRID2011",
-    "grid": "GRID",
-    "viper": "VIPeR",
-    "ilids": "i-LIDS",
-    "dukemtmcreid": "DukeMTMC-reID",
-}
-"""Data set name in code -> name in print."""
-
-# CUHK-SYSU crops carry no usable camera: images of one person come from a few scenes (and the common repack gives
-# every image camera 0), so the same-camera rule would invalidate every query.
-WITHOUT_CAMERAS = frozenset({"cuhk_sysu"})
-
-# One match per query, and the camera rule removes none: mINP equals mAP, a free check of the lists.
-SINGLE_SHOT = frozenset({"prid", "grid", "viper", "ilids"})
-
 
 @dataclass(frozen=True)
 class Protocol:

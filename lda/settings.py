@@ -81,7 +81,8 @@ class Settings:
     """A group of settings. Raises UsageError naming the key when a value has a wrong type or is out of range."""
 
     def __post_init__(self) -> None:
-        for name, known in settings_of(type(self)).items():
+        group: Any = type(self)  # mypy takes a class with a hash of its own for unhashable
+        for name, known in settings_of(group).items():
             object.__setattr__(self, name, checked(known, getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lda.config import Config
 from lda.data.cache import cache_dir
-from lda.data.catalogue import facts
 from lda.data.packed import pack
 from lda.data.sources import EvaluationSet
 from lda.data.transforms import normalise
@@ -106,7 +105,7 @@ class Evaluator:
             camera_rule=split.camera_rule,
             single_gallery_shot=split.single_gallery_shot,
         )
-        single = facts(split.name).single_shot and self.test.average_precision == "step"
+        single = split.single_shot and self.test.average_precision == "step"
         if single and not math.isclose(ranking.mAP, ranking.mINP, abs_tol=1e-9):
             raise RuntimeError(
                 f"{split.name}: mINP {ranking.mINP} is not mAP {ranking.mAP}, though every query has one match; "

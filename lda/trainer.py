@@ -17,7 +17,6 @@ from lda.data.batches import CleanImages, IdentityBatches, batch_loader
 from lda.data.cache import cache_dir
 from lda.data.packed import pack
 from lda.data.sources import Task
-from lda.data.transforms import Augment
 from lda.device import forward_context
 from lda.groups import Schedule
 from lda.methods.base import Losses, ParameterGroup
@@ -65,14 +64,13 @@ class Trainer:
             pack(source.records, settings.image_height, settings.image_width, cache_dir()) for source in task.sources
         ]
         # A GPU augments faster than the loader's processes, and a uint8 batch is a quarter of the copy.
-        self.augment = Augment.of(settings) if device.type == "cuda" else None
         self.batches = IdentityBatches(
             task.sources,
             self.packed,
             settings,
             self.method.layout,
             config.run.seed,
-            augment=Augment.of(settings) if self.augment is None else None,
+            augmented=device.type != "cuda",
         )
 
     def loader(self) -> Iterator[Batch]:
@@ -110,13 +108,7 @@ class Trainer:
         placed = self._placed(batch)
         if batch.second is not None:
             placed = placed._replace(second=batch.second.to(self.device, non_blocking=True))
-        if self.augment is None:
-            return placed
-        views = [
-            self.augment(placed.images, self.batches.generator(self.step, view))
-            for view in range(self.method.layout.views)
-        ]
-        return placed._replace(images=views[0], second=views[1] if len(views) > 1 else None)
+        return placed if self.batches.augmented else self.batches.augment(placed, self.step)
 
     def check_weights(self) -> None:
         """Raises TrainingError when a step left weights or statistics that are not finite (its loss may have been)."""

@@ -66,7 +66,7 @@ def run_unit(
         config.run.protocol,
         config.run.target,
         data_root or ensure_standin(),
-        options=config.data,
+        config.data,
         validation_fraction=config.selection.validation_fraction,
     )
     training = config.training_hash(task.content.sources)
@@ -80,7 +80,7 @@ def run_unit(
     labels = labels or RunLabels(name=f"{config.method.name}-{config.run.target}-s{config.run.seed}")
     details = {
         **config.to_dict(),
-        "data": _data(task),
+        "data": task.content.kind,
         "sources": [source.name for source in task.sources],
         "versions": task.versions,
     }
@@ -92,10 +92,6 @@ def run_unit(
         raise
     tracker.finish()
     return result
-
-
-def _data(task: Task) -> str:
-    return "stand-in" if task.content.standin else "real"
 
 
 def _take_over(run: RunFolder, config: Config, trained: Sequence[Path]) -> None:
@@ -175,7 +171,7 @@ class _Unit:
             cuhk03_boxes=config.data.cuhk03_boxes,
             cuhk03_protocol=config.data.cuhk03_protocol,
             selection=selection,
-            data=_data(self.task),
+            data=self.task.content.kind,
             content=Content(dict(content.sources), content.target),
             versions=dict(self.task.versions),
             seconds=round(self._seconds(), 2),

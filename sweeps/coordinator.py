@@ -207,6 +207,7 @@ class Coordinator:
             folder=str(self.folder.path),
             data_root=str(self.plan.data.root),
             data_hash=self.plan.data.hashes,
+            data=self.plan.data.kind,
             slot=slot.index,
             threads=slot.threads,
             salt=f"{self._salt} {slot.index} {incarnation}",

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lda.config import parse_overrides
+from lda.data.catalogue import title
 from lda.errors import UsageError
-from lda.protocols import DATASETS, get_protocol
+from lda.protocols import get_protocol
 from sweeps.list.storage import VARIABLE, has_password, masked, storage_url
 from sweeps.plan.images import is_standin
 from sweeps.plan.spec import StudySpec, load, resolve, study_file, study_names
@@ -177,7 +178,7 @@ def _description(name: str, spec: StudySpec, given: argparse.Namespace, folder: 
         f"training   {config.epochs} epochs of {config.steps_per_epoch} steps, {config.backbone}, "
         f"{config.image_height} x {config.image_width} pixels",
         *(
-            f"target     {DATASETS[target]} from {', '.join(DATASETS[s] for s in protocol.sources(target))}"
+            f"target     {title(target)} from {', '.join(title(s) for s in protocol.sources(target))}"
             for target in spec.targets
         ),
         f"selection  {spec.selection}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import signal
 import subprocess
@@ -9,6 +11,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,14 +21,20 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from lda.data.batches import Batch, IdentityBatches, batch_loader
+from lda.batch import Batch, Layout
+from lda.data.batches import CleanImages, IdentityBatches, batch_loader
+from lda.data.dealing import NaturalShares, OneDomain
+from lda.data.options import BatchSettings
 from lda.data.packed import PackedImages
 from lda.data.records import ImageRecord
 from lda.data.sources import SourceDomain
-from lda.data.transforms import Augment
+from lda.data.transforms import Augment, normalise
 from lda.errors import UsageError
 
-AUGMENT = Augment(pad=2, auto_augment_probability=0.2)
+PLAIN = BatchSettings(ids_per_batch=4, images_per_id=4, pad=2, auto_augment_probability=0.2)
+ONE, ALL = Layout("one"), Layout("all")
+NATURAL = Layout("all", shares="natural")
+LAYOUTS = pytest.mark.parametrize("layout", [ONE, ALL, NATURAL], ids=["one", "all", "natural"])
 
 
 class Numbered(PackedImages):
@@ -63,10 +73,9 @@ SOURCES = (
 PACKED = tuple(Numbered(len(source.records), index) for index, source in enumerate(SOURCES))
 
 
-def _batches(
-    p: int = 4, k: int = 4, augment: Augment | None = None, seed: int = 0, pure: bool = True
-) -> IdentityBatches:
-    return IdentityBatches(SOURCES, PACKED, p, k, augment, seed, pure)
+def _batches(layout: Layout = ONE, p: int = 4, k: int = 4, seed: int = 0, augmented: bool = False) -> IdentityBatches:
+    settings = replace(PLAIN, ids_per_batch=p, images_per_id=k)
+    return IdentityBatches(SOURCES, PACKED, settings, layout, seed, augmented=augmented)
 
 
 def _rows(batch: Batch) -> list[int]:
@@ -75,13 +84,13 @@ def _rows(batch: Batch) -> list[int]:
 
 
 def _equal(one: Batch, two: Batch) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    return all(b is None if a is None else torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 # --- what is in a batch ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("pure", [True, False])
-def test_p_identities_with_k_images_of_the_right_person(pure: bool) -> None:
-    batches = _batches(p=5, k=3, pure=pure)
+@LAYOUTS
+def test_p_identities_with_k_images_of_the_right_person(layout: Layout) -> None:
+    batches = _batches(p=5, k=3, layout=layout)
     for step in range(60):
         batch = batches[step]
         assert batch.images.shape == (15, 3, 8, 4)
@@ -108,11 +117,11 @@ def test_domains_are_drawn_uniformly() -> None:
     assert chisquare(list(pairs.values())).pvalue > 1e-3  # no turn taking
 
 
-@pytest.mark.parametrize("pure", [True, False])
+@pytest.mark.parametrize("layout", [ONE, ALL], ids=["one", "all"])
 @pytest.mark.parametrize("p", [3, 4, 5])
-def test_every_identity_once_per_pass(pure: bool, p: int) -> None:
+def test_every_identity_once_per_pass(layout: Layout, p: int) -> None:
     """Identities of one domain, in the order of steps: each run of floor(n / P) * P of them has no repeats."""
-    batches = _batches(p=p, pure=pure)
+    batches = _batches(p=p, layout=layout)
     dealt: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for step in range(150):
         for domain, identities in batches.identities(step):
@@ -129,7 +138,7 @@ def test_every_identity_once_per_pass(pure: bool, p: int) -> None:
 
 def test_a_mixed_batch_is_spread_evenly() -> None:
     for p, expected in ((3, {1}), (4, {1, 2}), (5, {1, 2}), (6, {2}), (8, {2, 3})):
-        batches = _batches(p=p, pure=False)
+        batches = _batches(p=p, layout=ALL)
         totals = Counter()
         for step in range(30):
             shares = {domain: len(identities) for domain, identities in batches.identities(step)}
@@ -137,6 +146,106 @@ def test_a_mixed_batch_is_spread_evenly() -> None:
             assert set(shares.values()) == expected
             totals.update(shares)
         assert len(set(totals.values())) == 1  # the remainder goes round
+
+
+# --- natural shares --------------------------------------------------------------------------------------------------
+SIZES = [(11, 9, 14), (40, 7, 300, 55), (8, 8), (5, 500), (12,), (9, 9, 9, 1000)]
+
+
+@pytest.mark.parametrize("counts", SIZES, ids=str)
+@pytest.mark.parametrize("p", [4, 5])
+def test_natural_shares_by_a_slow_oracle(counts: tuple[int, ...], p: int) -> None:
+    """Shares in exact fractions: each step's are rounded up or down and never none, a round's total is exact."""
+    dealer = NaturalShares(counts, p, 3)
+    shares, single = _exact_shares(counts, p)
+    steps = sum(count for d, count in enumerate(counts) if d not in single) // (p - len(single))
+    assert dealer.steps == steps
+    for round_ in range(3):
+        dealt: dict[int, list[int]] = {domain: [] for domain in range(len(counts))}
+        for step in range(round_ * steps, (round_ + 1) * steps):
+            chosen = dict(dealer(step))
+            assert list(chosen) == list(range(len(counts)))  # every step shows all of them
+            assert sum(map(len, chosen.values())) == p
+            for domain, identities in chosen.items():
+                assert len(identities) in (math.floor(shares[domain]), math.ceil(shares[domain]))
+                assert len(set(identities.tolist())) == len(identities) >= 1
+                dealt[domain] += identities.tolist()
+        for domain, identities in dealt.items():
+            assert len(identities) in (math.floor(steps * shares[domain]), math.ceil(steps * shares[domain]))
+            if domain not in single:  # a round is one pass: who is left over sits it out
+                assert len(set(identities)) == len(identities) <= counts[domain]
+                assert counts[domain] - len(identities) <= p
+
+
+def _exact_shares(counts: Sequence[int], p: int) -> tuple[list[Fraction], set[int]]:
+    """(identities of each domain in a step, the domains that are raised to one)."""
+    single: set[int] = set()
+    while True:
+        rest = sum(count for domain, count in enumerate(counts) if domain not in single)
+        shares = [
+            Fraction(1) if domain in single else Fraction((p - len(single)) * count, rest)
+            for domain, count in enumerate(counts)
+        ]
+        if min(shares) >= 1:
+            return shares, single
+        single |= {domain for domain, share in enumerate(shares) if share < 1}
+
+
+def test_a_domain_raised_to_one_identity_has_passes_of_its_own() -> None:
+    dealer = NaturalShares((5, 500), 4, 0)
+    dealt = [int(dict(dealer(step))[0][0]) for step in range(300)]
+    assert all(set(dealt[start : start + 5]) == set(range(5)) for start in range(0, 300, 5))
+    assert len({tuple(dealt[start : start + 5]) for start in range(0, 300, 5)}) > 20
+
+
+def test_natural_shares_are_mixed_over_a_round() -> None:
+    """No quarter of a round has many more of a domain than another quarter, and rounds differ."""
+    dealer = NaturalShares((1000, 1300, 1700), 10, 0)
+    sizes = np.array([[len(identities) for _, identities in dealer(step)] for step in range(2 * dealer.steps)])
+    quarters = [part.sum(axis=0) for part in np.array_split(sizes[: dealer.steps], 4)]
+    assert (np.ptp(quarters, axis=0) <= 30).all()
+    assert (sizes[: dealer.steps] != sizes[dealer.steps :]).any()
+    assert set(range(1700)) == {pid for step in range(2 * dealer.steps) for pid in dict(dealer(step))[2].tolist()}
+
+
+# --- two views -------------------------------------------------------------------------------------------------------
+@LAYOUTS
+def test_a_second_view_is_another_augmentation_of_the_same_images(layout: Layout) -> None:
+    one, two = (_batches(replace(layout, views=views), augmented=True) for views in (1, 2))
+    raw = _batches(replace(layout, views=2))
+    for step in (0, 3, 4100):
+        first, both, plain = one[step], two[step], raw[step]
+        assert both.second is not None
+        assert torch.equal(both.images, first.images)  # the first view is that of a layout with one
+        assert first.second is None
+        assert plain.second is None
+        assert not torch.equal(both.second, both.images)
+        augment = Augment(raw.settings)
+        assert torch.equal(augment(plain.images, raw.generator(step, 1)), both.second)
+        assert _equal(raw.augment(plain, step), both)
+
+
+def test_views_differ_in_every_step() -> None:
+    batches = _batches()
+    states = {bytes(batches.generator(step, view).get_state().numpy()) for step in range(50) for view in (0, 1)}
+    assert len(states) == 100
+
+
+# --- every image once ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_clean_images_are_all_images_once_in_order(size: int) -> None:
+    clean = CleanImages(SOURCES, PACKED, size)
+    for _ in range(2):  # as often as wanted
+        batches = list(clean)
+        assert len(batches) == len(clean)
+        assert all(len(set(batch.domains.tolist())) == 1 and len(batch.labels) <= size for batch in batches)
+        domains = torch.cat([batch.domains for batch in batches])
+        assert domains.tolist() == [d for d, source in enumerate(SOURCES) for _ in source.records]
+        images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+        assert labels.tolist() == [label for source in SOURCES for label in source.labels.tolist()]
+        assert labels.dtype == domains.dtype == torch.int64
+        expected = normalise(torch.cat([packed.batch(range(len(packed))) for packed in PACKED]))
+        assert torch.equal(images, expected)
 
 
 # --- images of one identity ------------------------------------------------------------------------------------------
@@ -173,34 +282,56 @@ def test_as_many_cameras_as_possible() -> None:
 
 def test_images_of_an_identity_are_equally_likely() -> None:
     source = _domain("market1501", [8, 8], cameras=1, seed=5)
-    batches = IdentityBatches([source], [Numbered(16, 0)], 2, 2, None, 0, True)
+    batches = IdentityBatches(
+        [source], [Numbered(16, 0)], replace(PLAIN, ids_per_batch=2, images_per_id=2), ONE, 0, augmented=False
+    )
     drawn = Counter(row for step in range(2000) for row in _rows(batches[step]))
     assert chisquare([drawn[row] for row in range(16)]).pvalue > 1e-3
 
 
 # --- a pure function of (seed, step) ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("pure", [True, False])
-def test_steps_in_any_order_give_the_same_batches(pure: bool) -> None:
-    forward = _batches(augment=AUGMENT, pure=pure)
+@pytest.mark.parametrize(
+    ("layout", "augmented", "digest"),
+    [
+        (ONE, True, "872ab18cfaf08298"),
+        (ONE, False, "4cec11cb6a88ab4d"),
+        (ALL, True, "0d90ab90cc4ead46"),
+        (ALL, False, "e22e973298e3ce61"),
+    ],
+)
+def test_batches_never_change(layout: Layout, augmented: bool, digest: str) -> None:
+    """Results of finished runs rest on them."""
+    settings = BatchSettings(ids_per_batch=5, images_per_id=3)
+    batches = IdentityBatches(SOURCES, PACKED, settings, layout, 7, augmented=augmented)
+    found = hashlib.sha256()
+    for step in (*range(40), 4095, 4096, 9000):
+        for part in batches[step][:3]:
+            found.update(part.numpy().tobytes())
+    assert found.hexdigest()[:16] == digest
+
+
+@LAYOUTS
+def test_steps_in_any_order_give_the_same_batches(layout: Layout) -> None:
+    forward = _batches(augmented=True, layout=layout)
     expected = {step: forward[step] for step in (*range(12), 4095, 4096, 9000)}
     order = np.random.default_rng(0).permutation(list(expected)).tolist()
-    again = _batches(augment=AUGMENT, pure=pure)
+    again = _batches(augmented=True, layout=layout)
     assert all(_equal(again[step], expected[step]) for step in order)
-    assert all(_equal(_batches(augment=AUGMENT, pure=pure)[step], expected[step]) for step in (9000, 3))
+    assert all(_equal(_batches(augmented=True, layout=layout)[step], expected[step]) for step in (9000, 3))
 
 
-@pytest.mark.parametrize("pure", [True, False])
-def test_seeds_and_steps_differ(pure: bool) -> None:
-    one, two = _batches(augment=AUGMENT, pure=pure), _batches(augment=AUGMENT, seed=1, pure=pure)
+@LAYOUTS
+def test_seeds_and_steps_differ(layout: Layout) -> None:
+    one, two = _batches(augmented=True, layout=layout), _batches(augmented=True, seed=1, layout=layout)
     assert not any(torch.equal(one[step].images, two[step].images) for step in range(8))
     assert not any(torch.equal(one[step].images, one[step + 1].images) for step in range(8))
 
 
 def test_the_number_of_earlier_steps_is_that_of_counting() -> None:
-    batches = _batches(p=3)
+    dealer = OneDomain([11, 9, 14], 3, 0)
     counted = [0, 0, 0]
     for step in range(4096 + 300):
-        domain, earlier = batches._domain_of(step)
+        domain, earlier = dealer.domain_of(step)
         assert earlier == counted[domain]
         counted[domain] += 1
 
@@ -208,28 +339,28 @@ def test_the_number_of_earlier_steps_is_that_of_counting() -> None:
 def test_global_random_state_plays_no_part() -> None:
     torch.manual_seed(1)
     np.random.seed(1)
-    expected = _batches(augment=AUGMENT)[5]
+    expected = _batches(augmented=True)[5]
     state = torch.get_rng_state()
     torch.manual_seed(2)
     np.random.seed(2)
-    assert _equal(_batches(augment=AUGMENT)[5], expected)
+    assert _equal(_batches(augmented=True)[5], expected)
     torch.set_rng_state(state)
 
 
 def test_without_augmentation_the_caller_can_augment() -> None:
-    plain, augmented = _batches(), _batches(augment=AUGMENT)
+    plain, augmented = _batches(), _batches(augmented=True)
     assert plain[7].images.dtype == torch.uint8
-    assert torch.equal(AUGMENT(plain[7].images, plain.generator(7)), augmented[7].images)
+    assert _equal(plain.augment(plain[7], 7), augmented[7])
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("pure", [True, False])
-def test_workers_and_resume_change_nothing(pure: bool) -> None:
-    batches = _batches(augment=AUGMENT, pure=pure)
+@LAYOUTS
+def test_workers_and_resume_change_nothing(layout: Layout) -> None:
+    batches = _batches(augmented=True, layout=layout)
     expected = list(batch_loader(batches, 0, 12, workers=0))
     assert len(expected) == 12
     assert all(isinstance(batch, Batch) for batch in expected)
-    resumed = list(batch_loader(_batches(augment=AUGMENT, pure=pure), 5, 12, workers=2))
+    resumed = list(batch_loader(_batches(augmented=True, layout=layout), 5, 12, workers=2))
     assert all(_equal(one, two) for one, two in zip(expected[5:], resumed, strict=True))
 
 
@@ -238,7 +369,7 @@ def test_real_files_and_full_size_images_with_threads_and_workers(tmp_path: Path
     shape = (len(SOURCES[0].records), 3, 128, 64)
     path = tmp_path / "images.u8"
     path.write_bytes(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8).tobytes())
-    batches = IdentityBatches(SOURCES[:1], [PackedImages(path, shape)], 8, 4, Augment(), 3, True)
+    batches = IdentityBatches(SOURCES[:1], [PackedImages(path, shape)], BatchSettings(ids_per_batch=8), ONE, 3)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -252,18 +383,19 @@ _SCRIPT = """
 from pathlib import Path
 import sys
 import numpy as np
+from lda.batch import Layout
 from lda.data.batches import IdentityBatches, batch_loader
+from lda.data.options import BatchSettings
 from lda.data.packed import PackedImages
 from lda.data.records import ImageRecord
 from lda.data.sources import SourceDomain
-from lda.data.transforms import Augment
 
 def main():
     labels = np.repeat(np.arange(8), 4)
     records = tuple(ImageRecord(Path(f"{{row}}.jpg"), int(pid), 0) for row, pid in enumerate(labels))
     images = PackedImages(Path({images!r}), (32, 3, 8, 4))
-    augment = Augment(pad=2, auto_augment_probability=0)
-    batches = IdentityBatches([SourceDomain("market1501", records, labels, 8)], [images], 4, 4, augment, 0, True)
+    settings = BatchSettings(ids_per_batch=4, pad=2, auto_augment_probability=0)
+    batches = IdentityBatches([SourceDomain("market1501", records, labels, 8)], [images], settings, Layout("one"), 0)
     loader = batch_loader(batches, 0, 10**6, workers=2)
     next(loader)
     print("first", flush=True)
@@ -330,6 +462,6 @@ def test_too_few_identities() -> None:
     with pytest.raises(UsageError, match=r"MSMT17 has 9 identities to train on, ids_per_batch is 10"):
         _batches(p=10)
     with pytest.raises(UsageError, match=r"ids_per_batch: 2 identities cannot be spread over 3 domains"):
-        _batches(p=2, pure=False)
+        _batches(p=2, layout=ALL)
     with pytest.raises(IndexError, match="step -1"):
         _batches()[-1]

@@ -10,7 +10,7 @@ import trees
 from scipy.stats import chisquare
 
 from lda.data import load_dataset
-from lda.data.sets.splits import DRAWS, Draw
+from lda.data.splits import DRAWS, Draw
 from lda.errors import UsageError
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lda.data.sets import draw_splits, splits
-from lda.data.sets.splits import FOLDER, RULES, Draw, load_draws
+from lda.data import draw_splits, splits
+from lda.data.splits import FOLDER, RULES, Draw, load_draws
 from lda.errors import UsageError
 
 
@@ -68,7 +68,7 @@ def test_changed_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    result = subprocess.run([sys.executable, "-m", "lda.data.sets.draw_splits"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "lda.data.draw_splits"], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert "4 split files" in result.stdout
     monkeypatch.setattr(draw_splits, "FOLDER", tmp_path / "new")

@@ -65,7 +65,7 @@ def test_workers_that_die_before_they_begin_end_the_study(tmp_path: Path, monkey
     monkeypatch.setattr(sys, "executable", "/bin/false")
 
     def nothing(slot: Slot, incarnation: int) -> Assignment:
-        return Assignment("s", {}, "", str(tmp_path), "", {}, slot.index, 1, "", None)
+        return Assignment("s", {}, "", str(tmp_path), "", {}, "real", slot.index, 1, "", None)
 
     pool = WorkerPool([Slot(0, "", 1)], folder, nothing)
 

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from lda.data.options import BatchSettings
 from lda.data.transforms import (
     BRIGHTNESS,
     CONTRAST,
@@ -22,7 +23,7 @@ from lda.data.transforms import (
     shifted,
 )
 
-NOTHING = Augment(flip_probability=0, pad=0, jitter_probability=0, auto_augment_probability=0)
+NOTHING = Augment(BatchSettings(flip_probability=0, pad=0, jitter_probability=0, auto_augment_probability=0))
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def test_normalise_is_torchvisions() -> None:
 def test_equal_generators_give_equal_batches_and_leave_the_rest_alone() -> None:
     images = _images(16)
     before, state = images.clone(), torch.get_rng_state()
-    augment = Augment(pad=2, auto_augment_probability=0.5)
+    augment = Augment(BatchSettings(pad=2, auto_augment_probability=0.5))
     first, second, other = (augment(images, _generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
@@ -79,7 +80,7 @@ def test_every_flip_and_shift_is_equally_likely() -> None:
     """Each output is one of the windows, flipped or not; their frequencies pass a chi-squared test."""
     pad, count = 1, 9000
     image = torch.arange(1, 37, dtype=torch.uint8).reshape(1, 1, 6, 6).expand(1, 3, 6, 6)
-    augment = Augment(flip_probability=0.3, pad=pad, jitter_probability=0, auto_augment_probability=0)
+    augment = Augment(BatchSettings(flip_probability=0.3, pad=pad, jitter_probability=0, auto_augment_probability=0))
     output = _colours(augment(image.expand(count, -1, -1, -1), _generator())).round().byte()
     places = [(row, column) for row in range(3) for column in range(3)]
     windows = [tv.crop(tv.pad(image[0], [pad]), row, column, 6, 6) for row, column in places]
@@ -110,7 +111,7 @@ def test_colour_jitter_is_torchvisions_in_both_orders() -> None:
 
 def test_jitter_factors_are_uniform_and_as_often_as_asked() -> None:
     count = 8000
-    augment = Augment(flip_probability=0, pad=0, jitter_probability=0.4, auto_augment_probability=0)
+    augment = Augment(BatchSettings(flip_probability=0, pad=0, jitter_probability=0.4, auto_augment_probability=0))
     grey = torch.full((count, 3, 2, 2), 100, dtype=torch.uint8)  # contrast cannot change it
     factors = (_colours(augment(grey, _generator()))[:, 0, 0, 0] / 100).numpy()
     changed = factors[np.abs(factors - 1) > 1e-5]
@@ -141,7 +142,7 @@ def test_same_distribution_as_the_per_image_pipeline() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         reference = torch.stack([pipeline(image[0]) for _ in range(count)]).flatten(1)
-    augment = Augment(pad=pad, auto_augment_probability=0)
+    augment = Augment(BatchSettings(pad=pad, auto_augment_probability=0))
     batched = augment(image.expand(count, -1, -1, -1), _generator()).flatten(1)
     for one, two in ((reference, batched), (reference.mean(1, keepdim=True), batched.mean(1, keepdim=True))):
         error = ((one.var(0) + two.var(0)) / count).sqrt()
@@ -169,7 +170,7 @@ def test_auto_augment_is_torchvisions_on_the_chosen_images_alone() -> None:
 
 def test_auto_augment_as_often_as_asked() -> None:
     images = torch.randint(256, (1, 3, 16, 8), dtype=torch.uint8, generator=_generator()).expand(1500, -1, -1, -1)
-    augment = Augment(flip_probability=0, pad=0, jitter_probability=0, auto_augment_probability=0.1)
+    augment = Augment(BatchSettings(flip_probability=0, pad=0, jitter_probability=0, auto_augment_probability=0.1))
     output = augment(images, _generator())
     changed = (output != normalise(images[:1])).flatten(1).any(1).float().mean()
     assert 0.05 < changed < 0.125  # 10 % are chosen, some of them come out unchanged

@@ -1,56 +1,32 @@
 """Training batches of P identities with K images each, every one a pure function of (seed, step).
 
 Nothing is remembered between batches that the step number does not imply, so any number of loader workers, and a run
-that goes on from any step, see the same batches.
-
-Each domain deals its identities in blocks of P: block v of a domain holds positions v*P .. v*P + P - 1 of a seeded
-permutation that is drawn anew for every pass over the identities; what does not fill a block sits out that pass.
-    pure   step t shows one domain, drawn uniformly; v counts the earlier steps of that domain (LDA needs one domain's
-           statistics at a time; ReNorm and META draw the same way)
-    mixed  step t shows all D domains, P / D identities each (a remainder goes round); block v is spread over the D
-           steps from v*D (the plain baseline)
+that goes on from any step, see the same batches. Which identities a step shows: `lda/data/dealing.py`.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Generator
 from torch.utils.data import DataLoader, Dataset
 
+from lda.batch import Batch, Layout
+from lda.data.dealing import Dealt, dealer
+from lda.data.options import BatchSettings
 from lda.data.packed import PackedImages
 from lda.data.processes import follow_parent
 from lda.data.sources import SourceDomain
-from lda.data.transforms import Augment
-from lda.errors import UsageError
-from lda.protocols import DATASETS
+from lda.data.transforms import Augment, normalise
 
 _Ints = NDArray[np.int64]
 
-# What a random stream is for: the last number of its seed.
-_DOMAINS, _IDENTITIES, _IMAGES, _AUGMENTATION = range(4)
-
-_SPAN = 4096  # steps whose domains are drawn together
-
-
-class Batch(NamedTuple):
-    """One training batch of B = P x K images, the K images of an identity side by side.
-
-    Attributes:
-        images: (B, 3, H, W) float32 normalised; uint8 if the batches were made without augmentation.
-        labels: (B,) int64 identity within its domain.
-        domains: (B,) int64 position of the image's domain among the sources.
-    """
-
-    images: Tensor
-    labels: Tensor
-    domains: Tensor
+# What a random stream is for: the last number of its seed. Those of lda/data/dealing.py are 0, 1 and 5.
+_IMAGES, _AUGMENTATION, _SECOND_VIEW = 2, 3, 4
 
 
 class IdentityBatches(Dataset[Batch]):
@@ -59,11 +35,12 @@ class IdentityBatches(Dataset[Batch]):
     Args:
         sources: the source domains.
         packed: their images, packed in the order of their records.
-        ids_per_batch: P.
-        images_per_id: K; an identity with fewer images repeats them, each as often as the others or once more.
-        augment: None leaves the images as uint8, for a caller that augments elsewhere (see `generator`).
+        settings: P, K and the augmentation. An identity with fewer than K images repeats them, each as often as the
+            others or once more.
+        layout: which images a step shows.
         seed: of everything random here.
-        pure: one domain per batch, or all.
+        augmented: False leaves the images as uint8 and `second` None, for a caller that takes `augment` where the
+            images are then.
 
     Raises:
         UsageError: a domain has fewer than P identities; P identities cannot be spread over the domains.
@@ -73,99 +50,73 @@ class IdentityBatches(Dataset[Batch]):
         self,
         sources: Sequence[SourceDomain],
         packed: Sequence[PackedImages],
-        ids_per_batch: int,
-        images_per_id: int,
-        augment: Augment | None,
+        settings: BatchSettings,
+        layout: Layout,
         seed: int,
-        pure: bool,
+        *,
+        augmented: bool = True,
     ) -> None:
-        for source in sources:
-            if source.num_ids < ids_per_batch:
-                raise UsageError(
-                    f"{DATASETS.get(source.name, source.name)} has {source.num_ids} identities to train on, "
-                    f"ids_per_batch is {ids_per_batch}; lower ids_per_batch or validation_fraction"
-                )
-        if not pure and ids_per_batch < len(sources):
-            raise UsageError(f"ids_per_batch: {ids_per_batch} identities cannot be spread over {len(sources)} domains")
         self.packed = tuple(packed)
-        self.ids_per_batch, self.images_per_id = ids_per_batch, images_per_id
-        self.augment, self.seed, self.pure = augment, seed, pure
+        self.settings, self.layout, self.seed, self.augmented = settings, layout, seed, augmented
+        self._deal = dealer(layout, sources, settings.ids_per_batch, seed)
         self._members = [_Members(source) for source in sources]
-        self._identity_counts = [source.num_ids for source in sources]
-        self._span = _Span(-1, np.zeros(0, np.int64), np.zeros(len(sources), np.int64))
+        self._augment = Augment(settings)
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
         chosen = self.identities(step)
         random = self._random(_IMAGES, step)
+        count = self.settings.images_per_id
         images, labels, domains = [], [], []
         for domain, identities in chosen:
-            rows = np.concatenate(
-                [self._members[domain].draw(identity, self.images_per_id, random) for identity in identities.tolist()]
-            )
+            members = self._members[domain]
+            rows = np.concatenate([members.draw(identity, count, random) for identity in identities.tolist()])
             images.append(self.packed[domain].batch(rows))
-            labels.append(np.repeat(identities, self.images_per_id))
+            labels.append(np.repeat(identities, count))
             domains.append(np.full(len(rows), domain, np.int64))
         pixels = images[0] if len(images) == 1 else torch.cat(images)
-        if self.augment is not None:
-            pixels = self.augment(pixels, self.generator(step))
-        return Batch(pixels, torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(domains)))
+        batch = Batch(pixels, torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(domains)))
+        return self.augment(batch, step) if self.augmented else batch
 
-    def identities(self, step: int) -> list[tuple[int, _Ints]]:
+    def identities(self, step: int) -> Dealt:
         """The identities of a step: (domain, their labels) for every domain in it."""
         if step < 0:
             raise IndexError(f"step {step}: expected 0 or more")
-        if self.pure:
-            domain, earlier = self._domain_of(step)
-            return [(domain, self._block(domain, earlier))]
-        count = len(self._members)
-        block, turn = divmod(step, count)
-        parts = []
-        for domain in range(count):
-            ends = np.cumsum([0, *(self._share(domain, position) for position in range(turn + 1))])
-            parts.append((domain, self._block(domain, block)[ends[-2] : ends[-1]]))
-        return parts
+        return self._deal(step)
 
-    def generator(self, step: int) -> Generator:
-        """The generator of a step's augmentation, in its first state."""
-        return Generator().manual_seed(int(self._random(_AUGMENTATION, step).integers(2**63)))
+    def augment(self, batch: Batch, step: int) -> Batch:
+        """A step's uint8 images augmented, once for every view of the layout, on the device that they are on."""
+        views = [self._augment(batch.images, self.generator(step, view)) for view in range(self.layout.views)]
+        return batch._replace(images=views[0], second=views[1] if len(views) == 2 else None)
 
-    def _share(self, domain: int, turn: int) -> int:
-        """Identities of a domain in the step `turn` (0 .. D - 1) of a mixed round; they sum to P over either index."""
-        count = len(self._members)
-        base, rest = divmod(self.ids_per_batch, count)
-        return base + ((domain - turn * rest) % count < rest)
-
-    def _block(self, domain: int, block: int) -> _Ints:
-        """The P identities of a domain's block."""
-        size = self.ids_per_batch
-        passes, position = divmod(block, self._identity_counts[domain] // size)
-        order = _permutation(self.seed, domain, passes, self._identity_counts[domain])
-        return order[position * size : (position + 1) * size]
-
-    def _domain_of(self, step: int) -> tuple[int, int]:
-        """(domain of a pure step, number of earlier steps of that domain)."""
-        number, position = divmod(step, _SPAN)
-        if self._span.number > number:
-            self._span = _Span(-1, np.zeros(0, np.int64), np.zeros(len(self._members), np.int64))
-        while self._span.number < number:
-            ended = np.bincount(self._span.domains, minlength=len(self._members))
-            following = self._span.number + 1
-            domains = self._random(_DOMAINS, following).integers(len(self._members), size=_SPAN)
-            self._span = _Span(following, domains, self._span.earlier + ended)
-        domain = int(self._span.domains[position])
-        return domain, int(self._span.earlier[domain] + np.count_nonzero(self._span.domains[:position] == domain))
+    def generator(self, step: int, view: int = 0) -> Generator:
+        """The generator of a step's augmentation, in its first state; `view`: 0, or 1 for `Batch.second`."""
+        purpose = (_AUGMENTATION, _SECOND_VIEW)[view]
+        return Generator().manual_seed(int(self._random(purpose, step).integers(2**63)))
 
     def _random(self, purpose: int, number: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, number, purpose])
 
 
-class _Span(NamedTuple):
-    """The domains of steps number * _SPAN onwards, and how many steps of each domain lie before."""
+class CleanImages:
+    """Every source image once, not augmented: for a method that looks at its sources before the first step.
 
-    number: int
-    domains: _Ints
-    earlier: _Ints
+    Iterates batches of at most `size` images, each of one domain: images normalised float32, labels within the domain,
+    domains in order, images in the order of their records (by path). An identity's images need not be side by side.
+    """
+
+    def __init__(self, sources: Sequence[SourceDomain], packed: Sequence[PackedImages], size: int) -> None:
+        self.sources, self.packed, self.size = tuple(sources), tuple(packed), size
+
+    def __len__(self) -> int:
+        return sum(-(-len(source.records) // self.size) for source in self.sources)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for domain, (source, packed) in enumerate(zip(self.sources, self.packed, strict=True)):
+            for start in range(0, len(source.records), self.size):
+                rows = np.arange(start, min(start + self.size, len(source.records)))
+                labels, domains = torch.from_numpy(source.labels[rows]), torch.full((len(rows),), domain)
+                yield Batch(normalise(packed.batch(rows)), labels, domains)
 
 
 class _Members:
@@ -190,12 +141,6 @@ class _Members:
         rounds = np.arange(len(rows)) - np.repeat(first, np.diff(first, append=len(rows)))
         dealt = order[np.lexsort((random.random(len(rows)), rounds))]
         return rows[dealt[np.arange(count) % len(rows)]]
-
-
-@lru_cache(maxsize=32)
-def _permutation(seed: int, domain: int, passes: int, count: int) -> _Ints:
-    """The order of a domain's identities in one pass."""
-    return np.random.default_rng([seed, domain, passes, _IDENTITIES]).permutation(count)
 
 
 def batch_loader(

@@ -10,24 +10,27 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from lda.data import CUHK03_BOXES, LEGACY, survey_dataset
+from lda.command import exit_code
+from lda.data import catalogue, survey_dataset
 from lda.data.cache import cache_dir
+from lda.data.options import DataOptions
 from lda.data.packed import verify as verify_packed
 from lda.data.records import ReidDataset
 from lda.data.survey import Finding, Severity, Survey, quoted
 from lda.data.verify import SMALL, Check, check_images
-from lda.errors import UsageError, unknown
-from lda.protocols import DATASETS
+from lda.errors import UsageError
+from lda.settings import settings_of
 
 _WORDS = {Severity.NOTE: "note", Severity.WARNING: "warning", Severity.STRICT: "error", Severity.ERROR: "error"}
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One data set (CUHK03: one kind of boxes) as the doctor found it."""
+    """One data set (one kind of its files, where one kind suffices) as the doctor found it."""
 
     title: str
     dataset: ReidDataset | None
@@ -53,17 +56,18 @@ def diagnose(root: Path, names: Sequence[str] = (), *, strict: bool = True, veri
     if not root.is_dir():
         raise UsageError(f"--data-root {root} does not exist or is not a folder")
     for name in names:
-        if name not in DATASETS:
-            raise UsageError(unknown("data set", name, DATASETS))
+        catalogue.find(name)
     diagnoses = []
-    for name in names or [name for name in DATASETS if name not in LEGACY]:
-        for boxes in CUHK03_BOXES if name == "cuhk03" else ("labeled",):
-            dataset, survey = survey_dataset(name, root, cuhk03_boxes=boxes, msmt17_train=_msmt17_train(name, root))
+    for name in names or [name for name in catalogue.names() if not catalogue.facts(name).withdrawn]:
+        kinds = []
+        for kind, options in _kinds(name):
+            dataset, survey = survey_dataset(name, root, _fullest(name, root, options))
             if verify and dataset is not None:
                 _verify(dataset, survey)
-            title = f"{DATASETS[name]} {boxes}" if name == "cuhk03" else DATASETS[name]
-            diagnoses.append(Diagnosis(title, dataset, survey, strict, required=name in names))
-    return _with_other_boxes_optional(diagnoses)
+            title = f"{survey.title} {kind}".rstrip()
+            kinds.append(Diagnosis(title, dataset, survey, strict, required=name in names))
+        diagnoses += _with_other_kinds_optional(kinds)
+    return diagnoses
 
 
 def report(diagnoses: Sequence[Diagnosis]) -> Iterator[str]:
@@ -97,42 +101,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="folder that holds the data sets")
     parser.add_argument(
         "--dataset", nargs="+", default=[], metavar="NAME",
-        help="only these, and wrong if they are missing (default: all but withdrawn ones): " + ", ".join(DATASETS),
+        help="only these, and wrong if missing (default: all but withdrawn ones): " + ", ".join(catalogue.names()),
     )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="decode every image once; results are remembered")
     parser.add_argument("--lenient", action="store_true", help="warn of differences from the published data sets")
     options = parser.parse_args(arguments)
-    try:
-        root = options.data_root.expanduser().absolute()
-        diagnoses = diagnose(root, options.dataset, strict=not options.lenient, verify=options.verify)
-        damaged = _damaged_packs(cache_dir()) if options.verify else []
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: _examine(options))
+
+
+def _examine(options: argparse.Namespace) -> int:
+    """Print the report; 1 if something is wrong."""
+    root = options.data_root.expanduser().absolute()
+    diagnoses = diagnose(root, options.dataset, strict=not options.lenient, verify=options.verify)
+    damaged = _damaged_packs(cache_dir()) if options.verify else []
     for line in (*report(diagnoses), *(f"error: {path}: damaged packed images; delete it" for path in damaged)):
         print(line)
     verdicts = {diagnosis.verdict for diagnosis in diagnoses}
     return int("wrong" in verdicts or verdicts == {"absent"} or bool(damaged))
 
 
-def _msmt17_train(name: str, root: Path) -> str:
-    """Both lists where both can be read, so that both are counted."""
-    if name != "msmt17":
-        return "train"
-    dataset, survey = survey_dataset(name, root, msmt17_train="train+val")
-    return "train+val" if dataset is not None and not survey.refused(strict=False) else "train"
+def _kinds(name: str) -> list[tuple[str, DataOptions]]:
+    """(its name, "" where there is one; its options) for every kind of files of a data set."""
+    kinds: list[tuple[str, dict[str, Any]]] = [("", {})]
+    for key in catalogue.facts(name).chosen_by("files"):
+        choices = settings_of(DataOptions)[key].choices
+        kinds = [(f"{kind} {choice}".lstrip(), {**chosen, key: choice}) for kind, chosen in kinds for choice in choices]
+    return [(kind, DataOptions(**chosen)) for kind, chosen in kinds]
 
 
-def _with_other_boxes_optional(diagnoses: list[Diagnosis]) -> list[Diagnosis]:
-    """CUHK03 needs one kind of boxes: the other kind may be missing."""
-    boxes = [diagnosis for diagnosis in diagnoses if diagnosis.survey.name == "cuhk03"]
-    for missing in boxes:
-        if missing.survey.found is None and any(other.survey.found for other in boxes):
+def _fullest(name: str, root: Path, options: DataOptions) -> DataOptions:
+    """The options under which most is read and counted, where that can be read."""
+    extents = catalogue.facts(name).chosen_by("extent")
+    most: dict[str, Any] = {key: settings_of(DataOptions)[key].choices[-1] for key in extents}
+    full = replace(options, **most)
+    if full == options:
+        return options
+    dataset, survey = survey_dataset(name, root, full)
+    return full if dataset is not None and not survey.refused(strict=False) else options
+
+
+def _with_other_kinds_optional(kinds: list[Diagnosis]) -> list[Diagnosis]:
+    """A data set needs one kind of its files: another kind may be missing."""
+    for missing in kinds:
+        if missing.survey.found is None and any(other.survey.found for other in kinds):
             missing.survey.findings = [Finding(Severity.NOTE, finding.text) for finding in missing.survey.findings]
             missing.survey.absent = True
-    return diagnoses
+    return kinds
 
 
 def _verify(dataset: ReidDataset, survey: Survey) -> None:

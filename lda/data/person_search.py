@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from lda.command import progress
+from lda.command import exit_code, progress
 from lda.data.decode import open_rgb
+from lda.data.matlab import load_mat
 from lda.data.processes import cores, map_processes
 from lda.data.sets.cuhk_sysu import PUBLISHED
-from lda.data.sets.matlab import load_mat
 from lda.data.survey import child
 from lda.errors import UsageError
 
@@ -118,16 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--input", type=Path, required=True, help="folder with annotation/Person.mat and Image/SSM")
     parser.add_argument("--output", type=Path, required=True, help=f"data root; the crops go to {FOLDER} below it")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         count = crop_persons(options.input, options.output)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
-        return 130
-    print(f"{options.output / FOLDER}: {count:,} images (published: {PUBLISHED.images:,})")
-    return 0
+        print(f"{options.output / FOLDER}: {count:,} images (published: {PUBLISHED.images:,})")
+
+    return exit_code(work)
 
 
 def _crop_scene(scene: _Scene) -> None:

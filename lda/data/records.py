@@ -42,7 +42,7 @@ class ReidDataset:
     """One data set as its release divides it.
 
     Attributes:
-        name: name in code, a key of `lda.protocols.DATASETS`.
+        name: name in code, that of its file in `lda/data/sets/`.
         root: folder in which it was found.
         train: images of the training persons.
         query: test images that ask.
@@ -50,7 +50,9 @@ class ReidDataset:
         splits: the divisions of a data set that has several; query and gallery are those of the first. Else empty.
         version: which of several releases or crops this is ("MSMT17_V2", "labeled"); printed with every result.
         standin: True for generated images that only imitate the data set.
-        data_hash: content hash of the stand-in; "" for real data.
+        data_hash: hash of everything that was read; of the pixels for the stand-in, else of names, sizes and lists, see
+            `lda.data.survey.content_hash`.
+        test_hash: the same of query and gallery alone, whatever else was read.
         distractor_pids: pids in the gallery that are nobody (background boxes); they never train.
     """
 
@@ -62,6 +64,7 @@ class ReidDataset:
     version: str
     standin: bool = False
     data_hash: str = ""
+    test_hash: str = ""
     distractor_pids: frozenset[int] = frozenset()
     splits: tuple[Split, ...] = ()
 

@@ -8,8 +8,7 @@ positions of the sorted keys.
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lda.data import load_dataset
-from lda.data.cache import cache_dir
+from lda.data import DEFAULTS, load_dataset
+from lda.data.catalogue import Role, facts, title
+from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset
-from lda.data.verify import check_images
 from lda.errors import UsageError
-from lda.protocols import DATASETS, WITHOUT_CAMERAS, SourcePart, get_protocol
+from lda.protocols import Protocol, SourcePart, get_protocol
+from lda.settings import Setting, settings_of
 
 MIN_HELD_OUT = 2  # with a single identity every ranking is perfect
 
@@ -39,6 +39,7 @@ class EvaluationSet:
         query, gallery: pids are unique within this set.
         camera_rule: ignore gallery images of the query's person that share its camera; False where cameras are unknown.
         single_gallery_shot: CMC by CUHK03's old protocol.
+        single_shot: every query has one match, so that mINP must equal mAP.
     """
 
     name: str
@@ -46,6 +47,7 @@ class EvaluationSet:
     gallery: tuple[ImageRecord, ...]
     camera_rule: bool = True
     single_gallery_shot: bool = False
+    single_shot: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,53 @@ class SourceDomain:
 
 
 @dataclass(frozen=True)
+class Content:
+    """Which images a run reads: what its results depend on beside its settings.
+
+    Attributes:
+        sources: source domain -> content hash of its data set, in the protocol's order.
+        target: content hash of the target's query and gallery.
+        standin: True if any of them is generated.
+    """
+
+    sources: Mapping[str, str]
+    target: str
+    standin: bool
+
+    @property
+    def kind(self) -> str:
+        """How results are labelled: "stand-in" or "real"."""
+        return _kind(self.standin)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target as it is tested.
+
+    Attributes:
+        splits: every query and gallery; one where it has an official one.
+        version: release or crops used.
+        content: content hash of query and gallery; equal to `Content.target` of a task with this target.
+        standin: True if it is generated.
+    """
+
+    splits: tuple[EvaluationSet, ...]
+    version: str
+    content: str
+    standin: bool
+
+    @property
+    def kind(self) -> str:
+        """How results are labelled: "stand-in" or "real"."""
+        return _kind(self.standin)
+
+
+def _kind(standin: bool) -> str:
+    """The words for generated and for other images, the same wherever a result is shown."""
+    return "stand-in" if standin else "real"
+
+
+@dataclass(frozen=True)
 class Task:
     """Everything one run reads.
 
@@ -73,110 +122,96 @@ class Task:
         protocol, target: names.
         sources: the domains that train, in the protocol's order: position = domain index.
         validation: held-out identities, one set per source; empty if validation_fraction is 0.
-        test: the target's query and gallery; of the first split where it has several.
-        standin: True if any of the data is generated.
-        data_hash: content hash of the stand-in, "" for real data.
+        test_splits: every query and gallery of the target; one where it has an official one.
+        content: hashes of what was read, and whether it is the stand-in.
         versions: data set -> release or crops used.
-        test_splits: every split of the target; one where it has an official query and gallery.
     """
 
     protocol: str
     target: str
     sources: tuple[SourceDomain, ...]
     validation: tuple[EvaluationSet, ...]
-    test: EvaluationSet
-    standin: bool
-    data_hash: str
-    versions: dict[str, str]
-    test_splits: tuple[EvaluationSet, ...] = ()
+    test_splits: tuple[EvaluationSet, ...]
+    content: Content
+    versions: Mapping[str, str]
 
 
 def build_task(
     protocol: str,
     target: str,
     data_root: Path,
+    options: DataOptions = DEFAULTS,
     *,
     validation_fraction: float = 0.0,
-    cuhk03_boxes: str = "labeled",
-    cuhk03_protocol: str = "new",
-    msmt17_train: str = "train",
-    strict: bool = True,
 ) -> Task:
     """Read the data sets of one row of a protocol and divide them.
 
-    Protocols whose source part is "all" join a source's train, query and gallery (without distractors), and for MSMT17
-    always both training lists, since that is what "all" means; `msmt17_train` then has nothing to choose.
+    Protocols whose source part is "all" join a source's train, query and gallery (without distractors) and read as much
+    as there is (of MSMT17 both training lists, since that is what "all" means), whatever the options say. An option
+    that only divides a data set for testing (`cuhk03_protocol`) is the target's: as a source it has its usual parts.
 
     Args:
         protocol, target: names, see `lda.protocols`.
         data_root: folder that holds the data sets.
+        options: which releases are read.
         validation_fraction: share of each source's identities held out of training, at least 2 where it is above 0.
-        cuhk03_boxes, msmt17_train: see `lda.data.load_dataset`.
-        cuhk03_protocol: as there, of CUHK03 as the target; as a source it always has the new protocol's parts.
-        strict: as there; False also decodes every source image once and leaves damaged ones out of training. A damaged
-            test image stays an error: leaving it out would change the metric.
 
     Raises:
         UsageError: for unknown names, and for everything that is missing or wrong in any of the data sets, at once.
     """
     rules = get_protocol(protocol)
     names = rules.sources(target)
-    options = {"cuhk03_boxes": cuhk03_boxes, "strict": strict}
-    everything = {"msmt17_train": "train+val" if rules.source_part == "all" else msmt17_train}
-    if target in names and cuhk03_protocol != "new":
-        raise UsageError(
-            f"cuhk03_protocol: {cuhk03_protocol!r} tests persons that {rules.title} trains on; set it to new"
-        )
-    datasets = _load((*names, target), data_root, {**options, **everything}, {"cuhk03_protocol": cuhk03_protocol})
+    if target in names:
+        _check_division(target, options, rules)
+    datasets = _load(names, target, data_root, options, rules.source_part)
     sources, validation = [], []
     for name in names:
         identities = _identities(datasets[name], rules.source_part)
-        if not strict:
-            identities = _without_damaged(name, identities)
         if validation_fraction > 0:
             held_out = _held_out(name, identities, validation_fraction)
             validation.append(_validation_set(name, [identities.pop(identity) for identity in held_out]))
         sources.append(_source(name, identities))
-    test_splits = _test_splits(datasets[target])
-    hashes = sorted({dataset.data_hash for dataset in datasets.values()} - {""})
     return Task(
         protocol=protocol,
         target=target,
         sources=tuple(sources),
         validation=tuple(validation),
-        test=test_splits[0],
-        standin=any(dataset.standin for dataset in datasets.values()),
-        data_hash="+".join(hashes),
+        test_splits=_test_splits(datasets[target]),
+        content=Content(
+            sources={name: datasets[name].data_hash for name in names},
+            target=datasets[target].test_hash,
+            standin=any(dataset.standin for dataset in datasets.values()),
+        ),
         versions={name: dataset.version for name, dataset in datasets.items()},
-        test_splits=test_splits,
     )
 
 
-def evaluation_set(
-    target: str, data_root: Path, *, cuhk03_boxes: str = "labeled", strict: bool = True
-) -> EvaluationSet:
-    """A target's query and gallery alone, of its first split. Raises UsageError if it has none or cannot be read."""
-    return evaluation_splits(target, data_root, cuhk03_boxes=cuhk03_boxes, strict=strict)[0]
+def evaluation_splits(target: str, data_root: Path, options: DataOptions = DEFAULTS) -> Target:
+    """A target alone, to be tested. Raises UsageError if it has no query and gallery or cannot be read."""
+    dataset = load_dataset(target, data_root, options)
+    return Target(_test_splits(dataset), dataset.version, dataset.test_hash, dataset.standin)
 
 
-def evaluation_splits(
-    target: str, data_root: Path, *, cuhk03_boxes: str = "labeled", cuhk03_protocol: str = "new", strict: bool = True
-) -> tuple[EvaluationSet, ...]:
-    """Every split of a target, alone. Raises UsageError if it has no query and gallery or cannot be read."""
-    dataset = load_dataset(target, data_root, cuhk03_boxes=cuhk03_boxes, cuhk03_protocol=cuhk03_protocol, strict=strict)
-    return _test_splits(dataset)
+def _check_division(target: str, options: DataOptions, rules: Protocol) -> None:
+    """Raises UsageError where a target that is its own source would be tested on persons it trains on."""
+    for key, usual in _values(target, "division", lambda setting: setting.default).items():
+        if (value := getattr(options, key)) != usual:
+            raise UsageError(f"{key}: {value!r} tests persons that {rules.title} trains on; set it to {usual}")
 
 
 def _load(
-    names: Sequence[str], data_root: Path, options: Mapping[str, Any], of_target: Mapping[str, Any]
+    names: Sequence[str], target: str, data_root: Path, options: DataOptions, part: SourcePart
 ) -> dict[str, ReidDataset]:
-    """Every data set once; `of_target` are options of the last. Raises one UsageError with all that is wrong."""
+    """Sources and target, each once. Raises one UsageError with all that is wrong."""
     if not Path(data_root).is_dir():
         raise UsageError(f"data root {data_root} does not exist or is not a folder")
     datasets, wrong = {}, []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys((*names, target)):
+        changes = _values(name, "extent", lambda setting: setting.choices[-1]) if part == "all" else {}
+        if name != target:
+            changes |= _values(name, "division", lambda setting: setting.default)
         try:
-            datasets[name] = load_dataset(name, data_root, **options, **(of_target if name == names[-1] else {}))
+            datasets[name] = load_dataset(name, data_root, options, **changes)
         except UsageError as error:
             wrong.append(str(error))
     if wrong:
@@ -184,11 +219,20 @@ def _load(
     return datasets
 
 
+def _values(name: str, role: Role, value: Callable[[Setting], Any]) -> dict[str, Any]:
+    """A value for each of a data set's options of one role."""
+    known = settings_of(DataOptions)
+    return {key: value(known[key]) for key in facts(name).chosen_by(role)}
+
+
 def _test_splits(dataset: ReidDataset) -> tuple[EvaluationSet, ...]:
     if not dataset.test_splits:
-        raise UsageError(f"{DATASETS[dataset.name]} has no query and gallery: it is only trained on")
+        raise UsageError(f"{title(dataset.name)} has no query and gallery: it is only trained on")
+    known = facts(dataset.name)
     return tuple(
-        EvaluationSet(dataset.name, split.query, split.gallery, single_gallery_shot=split.single_gallery_shot)
+        EvaluationSet(
+            dataset.name, split.query, split.gallery, known.cameras, split.single_gallery_shot, known.single_shot
+        )
         for split in dataset.test_splits
     )
 
@@ -205,21 +249,6 @@ def _identities(dataset: ReidDataset, part: SourcePart) -> _Identities:
     return {key: sorted(identities[key], key=lambda record: record.path) for key in sorted(identities)}
 
 
-def _without_damaged(name: str, identities: _Identities) -> _Identities:
-    """The identities without images that cannot be decoded, which are warned of."""
-    paths = [record.path for images in identities.values() for record in images]
-    damaged = {path: check.problem for path, check in check_images(paths, cache_dir(), DATASETS[name]).items()
-               if check.problem}  # fmt: skip
-    if not damaged:
-        return identities
-    warnings.warn(
-        f"{DATASETS[name]}: {len(damaged)} damaged image(s) left out of training: {next(iter(damaged.values()))}",
-        stacklevel=3,
-    )
-    kept = {key: [record for record in images if record.path not in damaged] for key, images in identities.items()}
-    return {key: images for key, images in kept.items() if images}
-
-
 def _source(name: str, identities: _Identities) -> SourceDomain:
     labelled = [(record, label) for label, images in enumerate(identities.values()) for record in images]
     labelled.sort(key=lambda pair: pair[0].path)
@@ -233,12 +262,12 @@ def _held_out(name: str, identities: _Identities, fraction: float) -> list[_Iden
     They are the first in the order of SHA-256("name/part/pid"): the same for every run, seed and library version, and
     a larger fraction keeps the ones of a smaller. Raises UsageError if fewer than two can be evaluated.
     """
-    cameras = name not in WITHOUT_CAMERAS
+    cameras = facts(name).cameras
     able = [key for key, images in identities.items() if len({r.camid if cameras else r.path for r in images}) >= 2]
     if len(able) < MIN_HELD_OUT or len(identities) <= MIN_HELD_OUT:
         where = "images in two cameras" if cameras else "two images"
         raise UsageError(
-            f"{DATASETS[name]}: source validation needs {MIN_HELD_OUT} identities with {where} and others to train, "
+            f"{title(name)}: source validation needs {MIN_HELD_OUT} identities with {where} and others to train, "
             f"got {len(able)} of {len(identities)}; set validation_fraction to 0"
         )
     able.sort(key=lambda key: hashlib.sha256(f"{name}/{key[0]}/{key[1]}".encode()).digest())
@@ -251,7 +280,7 @@ def _validation_set(name: str, identities: Sequence[Sequence[ImageRecord]]) -> E
     One query per person and camera (the first image by name) as far as every query keeps a match in another camera;
     one query per person where cameras are unknown. All other images are the gallery.
     """
-    camera_rule = name not in WITHOUT_CAMERAS
+    camera_rule = facts(name).cameras
     query: list[ImageRecord] = []
     gallery: list[ImageRecord] = []
     for pid, images in enumerate(identities):

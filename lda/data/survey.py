@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import difflib
 import enum
+import hashlib
 import json
 import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lda.data.records import ImageRecord, ReidDataset, Split
 from lda.errors import UsageError
-from lda.protocols import DATASETS
 
 CLUTTER = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 """Left behind by file managers and archivers, in lower case; names that begin with a dot are clutter as well."""
@@ -143,7 +143,7 @@ class Survey:
     """The reading of one data set below one root.
 
     Attributes:
-        name: name in code.
+        name, title: in code, and in print.
         root: folder given by the user: the parent of the data set's folder, or that folder itself.
         findings: everything found, in order.
         found: where the data set lies, once located.
@@ -154,6 +154,7 @@ class Survey:
     """
 
     name: str
+    title: str
     root: Path
     findings: list[Finding] = field(default_factory=list)
     found: Found | None = None
@@ -161,11 +162,6 @@ class Survey:
     absent: bool = False
     standin: StandIn | None = None
     counts: dict[str, tuple[Count, Count | None]] = field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        """Name in print."""
-        return DATASETS[self.name]
 
     # --- telling -----------------------------------------------------------------------------------------------------
     def note(self, text: str) -> None:
@@ -197,11 +193,15 @@ class Survey:
         gallery: Sequence[ImageRecord] = (),
         distractor_pids: Iterable[int] = (),
         splits: Sequence[Split] = (),
+        archive: Path | None = None,
     ) -> ReidDataset:
-        """What was read, as a data set."""
+        """What was read, as a data set, with its content hashes (`content_hash`; for the stand-in, STANDIN.json's).
+
+        `archive`: the file of the data set that the images were unpacked from, where they were.
+        """
         if splits:
             query, gallery = splits[0].query, splits[0].gallery
-        return ReidDataset(
+        dataset = ReidDataset(
             name=self.name,
             root=self.found.folder if self.found else self.root,
             train=tuple(train),
@@ -209,9 +209,17 @@ class Survey:
             gallery=tuple(gallery),
             version=version,
             standin=self.standin is not None,
-            data_hash=self.standin.hash_of(self.name) if self.standin else "",
             distractor_pids=frozenset(distractor_pids),
             splits=tuple(splits),
+        )
+        if self.standin:
+            drawn = self.standin.hash_of(self.name)
+            return replace(dataset, data_hash=drawn, test_hash=drawn)
+        tests = [part for split in dataset.test_splits for part in (split.query, split.gallery)]
+        return replace(
+            dataset,
+            data_hash=content_hash([dataset.train, *tests], dataset.root, archive),
+            test_hash=content_hash(tests, dataset.root, archive),
         )
 
     # --- finding -----------------------------------------------------------------------------------------------------
@@ -330,6 +338,34 @@ class Survey:
         twice = [record for record in gallery if shared.get(record.path, record.camid) != record.camid]
         if twice:
             self.error(f"{self.title}: {twice[0].path} is query and gallery image under different cameras")
+
+
+def content_hash(parts: Sequence[Sequence[ImageRecord]], root: Path, archive: Path | None = None) -> str:
+    """What lists of images hold, without reading the images: 64 hex digits.
+
+    SHA-256 over these lines, in UTF-8, each ended by a line feed: for every list, in the order given, its number of
+    images, then for every image "<path> <size in bytes> <pid> <camid>", sorted. Paths are relative to `root` with "/"
+    between folders. Where the images were unpacked from `archive` their encoding is this machine's: then the first
+    line is "<path of the archive> <its size>", and images are named without folder and size. So the hash does not
+    depend on where the data set lies, on modification times or on the order of a file system; it does on every name
+    and size, on who is where, and on how the images are divided.
+    """
+    digest = hashlib.sha256()
+    if archive is not None:
+        digest.update(f"{_relative(archive, root)} {archive.stat().st_size}\n".encode())
+    names: dict[Path, str] = {}  # of several splits most images are the same
+    for part in parts:
+        for record in part:
+            if record.path not in names:
+                size = f" {record.path.stat().st_size}" if archive is None else ""
+                names[record.path] = (record.path.name if archive else _relative(record.path, root)) + size
+        lines = sorted(f"{names[record.path]} {record.pid} {record.camid}\n" for record in part)
+        digest.update(f"{len(part)}\n{''.join(lines)}".encode())
+    return digest.hexdigest()
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
 
 
 def is_clutter(name: str) -> bool:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from lda.data.options import BatchSettings
+
 # Of ImageNet, for RGB in 0..1, as the backbone's weights expect.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -35,17 +37,12 @@ def normalise(images: Tensor) -> Tensor:
 class Augment:
     """Random flip, shift, colour and AutoAugment of training images, drawn for each image on its own.
 
-    Attributes:
-        flip_probability: of a horizontal flip.
-        pad: black pixels added on every side before an H x W window is cut out at random.
-        jitter_probability: of a change of brightness and contrast, in random order.
-        auto_augment_probability: of torchvision's AutoAugment with the ImageNet policy.
+    Of `settings`: `flip_probability` of a horizontal flip; `pad` black pixels on every side before an H x W window is
+    cut out at random; `jitter_probability` of a change of brightness and contrast, in random order;
+    `auto_augment_probability` of torchvision's AutoAugment with the ImageNet policy.
     """
 
-    flip_probability: float = 0.5
-    pad: int = 10
-    jitter_probability: float = 0.5
-    auto_augment_probability: float = 0.1
+    settings: BatchSettings
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 (B, 3, H, W), augmented and normalised; `images` stays as it is.
@@ -58,9 +55,9 @@ class Augment:
         output = torch.empty(images.shape, device=images.device)
         size = CHUNK if images.device.type == "cpu" else max(count, 1)
         for part in (slice(start, start + size) for start in range(0, count, size)):
-            window = shifted(images[part], self.pad, draws.rows[part], draws.columns[part], draws.flip[part])
+            window = shifted(images[part], self.settings.pad, draws.rows[part], draws.columns[part], draws.flip[part])
             colours = output[part].copy_(window)
-            if self.jitter_probability > 0:
+            if self.settings.jitter_probability > 0:
                 jittered(colours, draws.brightness[part], draws.contrast[part], draws.brightness_first[part])
             _standardised(colours)
         return output
@@ -72,13 +69,13 @@ class Augment:
         def factor(strength: float) -> Tensor:
             return 1 + strength * (2 * torch.rand(count, generator=generator) - 1)
 
-        jitter = happens(self.jitter_probability)
+        jitter = happens(self.settings.jitter_probability)
         return _Draws(
-            auto_augment=happens(self.auto_augment_probability),
+            auto_augment=happens(self.settings.auto_augment_probability),
             auto_augment_seed=torch.randint(2**62, (count,), generator=generator),
-            rows=torch.randint(2 * self.pad + 1, (count,), generator=generator),
-            columns=torch.randint(2 * self.pad + 1, (count,), generator=generator),
-            flip=happens(self.flip_probability),
+            rows=torch.randint(2 * self.settings.pad + 1, (count,), generator=generator),
+            columns=torch.randint(2 * self.settings.pad + 1, (count,), generator=generator),
+            flip=happens(self.settings.flip_probability),
             brightness=torch.where(jitter, factor(BRIGHTNESS), 1.0),
             contrast=torch.where(jitter, factor(CONTRAST), 1.0),
             brightness_first=happens(0.5),

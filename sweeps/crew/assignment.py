@@ -19,7 +19,8 @@ class Assignment:
         spec: sweeps.spec.to_dict.
         storage: URL, with its password if there is one: it comes by pipe, so that no list of processes shows it.
         folder, data_root: of the study, and of the images.
-        data_hash: target -> content hash of its data ("" for real data).
+        data_hash: target -> content hash of its data.
+        data: "stand-in" or "real".
         slot: index of the worker on its machine.
         threads: CPU threads of a unit.
         salt: differs whenever a sampler must not repeat another one's draws.
@@ -32,6 +33,7 @@ class Assignment:
     folder: str
     data_root: str
     data_hash: dict[str, str]
+    data: str
     slot: int
     threads: int
     salt: str

@@ -159,7 +159,7 @@ class Attempt:
             group=f"{study}/{trial}",
             job_type=self.job.job_type,
             name=f"t{trial.removeprefix('trial-')}-{unit_name(target, self.job.seed)}",
-            tags=("stand-in" if self.assignment.data_hash[target] else "real", study, target),
+            tags=(self.assignment.data, study, target),
             folder=self.folder.path,
         )
 

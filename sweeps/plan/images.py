@@ -16,39 +16,36 @@ class Data:
 
     root: Path
     hashes: dict[str, str]
-
-    @property
-    def kind(self) -> str:
-        """How results are labelled."""
-        return "stand-in" if any(self.hashes.values()) else "real"
+    kind: str  # how results are labelled: "stand-in" or "real"
 
 
 def is_standin(data_root: Path | None) -> bool:
     """Whether a study on this data root (None: the built-in one) runs on stand-in images."""
     if data_root is None:
         return True
-    from lda.data.survey import MARKER
+    from lda.data.survey import read_standin
 
-    return (data_root / MARKER).is_file()
+    return read_standin(data_root) is not None
 
 
 def prepare_data(spec: StudySpec, data_root: Path | None) -> Data:
     """Draw the stand-in, or check that every data set is there. Raises UsageError naming all that is missing."""
+    from lda.data.options import DataOptions
     from lda.data.sources import build_task
     from lda.data.standin.tree import ensure_standin
+    from lda.settings import settings_of
 
     root = (data_root or ensure_standin(spec.standin)).resolve()
-    hashes = {}
+    hashes, kinds = {}, []
     for target in spec.targets:
         config = spec.config(target, spec.seed, {})
         task = build_task(
             spec.protocol,
             target,
             root,
+            DataOptions(**{key: getattr(config, key) for key in settings_of(DataOptions)}),
             validation_fraction=config.validation_fraction,
-            cuhk03_boxes=config.cuhk03_boxes,
-            cuhk03_protocol=config.cuhk03_protocol,
-            msmt17_train=config.msmt17_train,
         )
-        hashes[target] = task.data_hash
-    return Data(root, hashes)
+        hashes[target] = "+".join(sorted({*task.content.sources.values(), task.content.target}))
+        kinds.append(task.content.kind)
+    return Data(root, hashes, "stand-in" if "stand-in" in kinds else "real")

@@ -22,7 +22,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lda.protocols import DATASETS
+from lda.data.catalogue import title
 from sweeps.list.jobs import best_entries, entry_job
 from sweeps.list.ledger import Budget, Entry, device_seconds, fault
 from sweeps.plan.spec import StudySpec
@@ -257,7 +257,7 @@ def _cells(row: WorkerRow, grace_seconds: float) -> list[str | Text]:
         row.worker,
         row.device,
         row.trial if running else Text(row.state, style="dim"),
-        DATASETS.get(row.target, row.target) if running else "",
+        title(row.target) if running else "",
         "" if row.seed is None else str(row.seed),
         row.epoch,
         "" if row.score is None else f"{row.score:.1%}",

@@ -24,9 +24,10 @@ import torch
 from PIL import Image, ImageOps
 
 from lda.config import preset
+from lda.data.options import BatchSettings
 from lda.data.packed import pack
 from lda.data.records import ImageRecord
-from lda.data.sources import EvaluationSet, SourceDomain, Task
+from lda.data.sources import Content, EvaluationSet, SourceDomain, Task
 from lda.data.transforms import MEAN, STD, Augment, normalise
 from lda.trainer import Trainer
 
@@ -75,8 +76,8 @@ def speed(count: int, repeats: int) -> None:
         images = pack([ImageRecord(path, 0, 0) for path in paths], HEIGHT, WIDTH, Path(temporary) / "cache")
         rng = np.random.default_rng(0)
         generator = torch.Generator().manual_seed(0)
-        augment = Augment(pad=PAD, jitter_probability=0, auto_augment_probability=0)
-        full = Augment(pad=PAD, auto_augment_probability=0)
+        augment = Augment(BatchSettings(pad=PAD, jitter_probability=0, auto_augment_probability=0))
+        full = Augment(BatchSettings(pad=PAD, auto_augment_probability=0))
         works: dict[str, Callable[[np.ndarray], object]] = {
             "PIL pipeline": lambda rows: torch.stack([pil_image(paths[row], rng) for row in rows]),
             "packed, augmented": lambda rows: augment(images.batch(rows), generator),
@@ -125,7 +126,7 @@ def _task(domains: list[tuple[ImageRecord, ...]]) -> Task:
         labels = np.arange(len(records)) // 12
         sources.append(SourceDomain(name, records, labels, int(labels[-1]) + 1))
     test = EvaluationSet("prid", domains[0][:1], domains[0][1:2])
-    return Task("protocol1", "prid", tuple(sources), (), test, True, "", {})
+    return Task("protocol1", "prid", tuple(sources), (), (test,), Content({}, "", True), {})
 
 
 def anonymous_mib(field: str = "RssAnon") -> float:

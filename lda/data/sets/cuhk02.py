@@ -11,8 +11,12 @@ pid = pair * 10,000 + number, and the cameras of the five pairs are counted thro
 
 from __future__ import annotations
 
+from lda.data.catalogue import Facts
+from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset
 from lda.data.survey import Count, Grammar, Layout, Survey, child
+
+FACTS = Facts(title="CUHK02", order=4)
 
 PAIRS = (1, 2, 3, 4, 5)
 VIEWS = (1, 2)
@@ -31,7 +35,7 @@ LAYOUT = Layout(
 )
 
 
-def read(survey: Survey) -> ReidDataset | None:
+def read(survey: Survey, options: DataOptions) -> ReidDataset | None:
     """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`."""
     found = survey.locate(LAYOUT)
     if found is None:

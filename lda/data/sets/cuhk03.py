@@ -5,7 +5,7 @@ Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", 
 
 Counts: 767 ids (train), 700 ids (query and gallery), seen by two views in each of five camera pairs;
 labeled 7,368 + 1,400 + 5,328 images, detected 7,365 + 1,400 + 5,332. Papers do not agree on the boxes: META and ACL
-report labeled, M3L and BAU detected; `boxes` chooses and is printed with every result.
+report labeled, M3L and BAU detected; `cuhk03_boxes` chooses and is printed with every result.
 
 Layouts (the first that is there):
     folders   `cuhk03-np/{labeled,detected}/{bounding_box_train,query,bounding_box_test}/0001_c1_1.png`: person, view
@@ -33,13 +33,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from lda.data.cache import cache_dir
+from lda.data.catalogue import Facts
+from lda.data.matlab import load_mat
+from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset, Split
-from lda.data.sets.matlab import load_mat
-from lda.data.survey import Count, Grammar, Layout, Survey, listing, quoted
+from lda.data.survey import Count, Found, Grammar, Layout, Survey, listing, quoted
 from lda.errors import UsageError
+
+FACTS = Facts(title="CUHK03", order=5, options={"cuhk03_boxes": "files", "cuhk03_protocol": "division"})
 
 PUBLISHED = {
     "labeled": {"train": Count(767, 7368, 2), "query": Count(700, 1400, 2), "gallery": Count(700, 5328, 2)},
@@ -60,11 +63,18 @@ _IMAGE_NAME = Grammar(
 _Lists = dict[str, list[tuple[str, int]]]  # part -> (base name, pid)
 
 
-def read(survey: Survey, boxes: str = "labeled") -> ReidDataset | None:
-    """Read the new protocol below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`.
+def read(survey: Survey, options: DataOptions) -> ReidDataset | None:
+    """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`.
 
-    `boxes`: "labeled" or "detected". Only the files of the chosen boxes are needed.
+    Only the files of the chosen boxes are needed. The classic protocol's `train` holds the training persons of the
+    first split.
     """
+    if options.cuhk03_protocol == "classic":
+        return _read_classic(survey, options.cuhk03_boxes)
+    return _read_new(survey, options.cuhk03_boxes)
+
+
+def _read_new(survey: Survey, boxes: str) -> ReidDataset | None:
     protocol, splits = f"cuhk03_new_protocol_config_{boxes}.mat", f"splits_new_{boxes}.json"
     folders = Layout(
         name="folders",
@@ -86,27 +96,25 @@ def read(survey: Survey, boxes: str = "labeled") -> ReidDataset | None:
     else:
         use_json = found.layout is with_json
         lists = _json_lists(found.part(splits)) if use_json else _protocol_lists(found.part(protocol))
-        is_raw = found.layout.name == "raw"
-        images = _unpacked(found.part(found.layout.parts[0]), boxes) if is_raw else found.part(f"images_{boxes}")
-        parts = _listed(survey, images, lists)
+        mat = _mat_of(found)
+        parts = _listed(survey, _unpacked(mat, boxes) if mat else found.part(f"images_{boxes}"), lists)
     for part, records in parts.items():
         # The stand-in counts both kinds of boxes under their own names.
         survey.check_count(part, records, PUBLISHED[boxes][part], marker_part=f"{boxes}/{part}")
     survey.check_queries(parts["query"], parts["gallery"])
-    return survey.dataset(boxes, parts["train"], parts["query"], parts["gallery"])
+    return survey.dataset(boxes, parts["train"], parts["query"], parts["gallery"], archive=_mat_of(found))
 
 
-def read_classic(survey: Survey, boxes: str = "labeled") -> ReidDataset | None:
-    """Read the classic protocol's 20 splits; as `read`. `train` holds the training persons of the first split."""
+def _read_classic(survey: Survey, boxes: str) -> ReidDataset | None:
     json_name = f"splits_classic_{boxes}.json"
     with_json = Layout("images", _PLACES, (f"images_{boxes}", json_name))
     found = survey.locate(*_raw_layouts(), with_json)
     if found is None:
         return None
-    if found.layout is with_json:
+    mat = _mat_of(found)
+    if mat is None:
         images, tests = found.part(f"images_{boxes}"), _json_tests(found.part(json_name))
     else:
-        mat = found.part(found.layout.parts[0])
         images, tests = _unpacked(mat, boxes), _mat_tests(mat)
     matched = survey.images(images, _IMAGE_NAME)
     records = [ImageRecord(images / name, _pid(name), int(match["view"]) - 1) for name, match in matched]
@@ -118,7 +126,7 @@ def read_classic(survey: Survey, boxes: str = "labeled") -> ReidDataset | None:
     if absent := set().union(*tests) - {record.pid for record in records}:
         survey.strict(f"{images}: {len(absent)} test person(s) have no image: {quoted(sorted(map(str, absent)))}")
     train = [record for record in records if record.pid not in tests[0]]
-    return survey.dataset(f"{boxes}, classic", train=train, splits=splits)
+    return survey.dataset(f"{boxes}, classic", train=train, splits=splits, archive=mat)
 
 
 def _raw_layouts(*files: str) -> tuple[Layout, Layout]:
@@ -126,6 +134,11 @@ def _raw_layouts(*files: str) -> tuple[Layout, Layout]:
     beside = Layout("raw", _PLACES, ("cuhk03_release/cuhk-03.mat", *files))
     inside = Layout("raw", tuple(f"{name}/cuhk03_release" for name in _PLACES), ("cuhk-03.mat", *files))
     return beside, inside
+
+
+def _mat_of(found: Found) -> Path | None:
+    """cuhk-03.mat, where the images come from it."""
+    return found.part(found.layout.parts[0]) if found.layout.name == "raw" else None
 
 
 def _json_tests(path: Path) -> list[set[int]]:
@@ -210,6 +223,8 @@ def _unpacked(mat: Path, boxes: str) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    from PIL import Image  # here, as h5py and scipy: the catalogue imports this file for its name
+
     partial = folder.parent / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
         partial.mkdir()

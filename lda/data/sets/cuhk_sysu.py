@@ -16,8 +16,12 @@ as in the tools that read layout a (MetaBIN takes the scene number instead).
 
 from __future__ import annotations
 
+from lda.data.catalogue import Facts
+from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset
 from lda.data.survey import Count, Grammar, Layout, Survey
+
+FACTS = Facts(title="CUHK-SYSU", order=3, cameras=False)
 
 PUBLISHED = Count(11934, 34574, 1)
 
@@ -48,7 +52,7 @@ RELEASE = Layout(
 )
 
 
-def read(survey: Survey) -> ReidDataset | None:
+def read(survey: Survey, options: DataOptions) -> ReidDataset | None:
     """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`."""
     found = survey.locate(*LAYOUTS, RELEASE)
     if found is not None and found.layout is RELEASE:

@@ -11,8 +11,12 @@ Layout: `DukeMTMC-reID/{bounding_box_train,query,bounding_box_test}/0001_c2_f004
 
 from __future__ import annotations
 
+from lda.data.catalogue import Facts
+from lda.data.options import DataOptions
 from lda.data.records import ReidDataset
 from lda.data.survey import Count, Grammar, Layout, Survey
+
+FACTS = Facts(title="DukeMTMC-reID", order=10, withdrawn=True)
 
 CAMERAS = 8
 
@@ -29,7 +33,7 @@ LAYOUT = Layout(
 )
 
 
-def read(survey: Survey) -> ReidDataset | None:
+def read(survey: Survey, options: DataOptions) -> ReidDataset | None:
     """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`."""
     found = survey.locate(LAYOUT)
     if found is None:

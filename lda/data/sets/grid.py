@@ -16,11 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+from lda.data.catalogue import Facts
+from lda.data.matlab import load_mat
+from lda.data.options import DataOptions
 from lda.data.records import ReidDataset, Split
-from lda.data.sets.matlab import load_mat
-from lda.data.sets.splits import NUM_SPLITS, RULES, load_draws
+from lda.data.splits import NUM_SPLITS, RULES, load_draws
 from lda.data.survey import Count, Grammar, Layout, Survey, child, quoted
 from lda.errors import UsageError
+
+FACTS = Facts(title="GRID", order=7, single_shot=True)
 
 CAMERAS = 8  # claimed; labels 1 to 6 occur
 BACKGROUND = 0
@@ -41,7 +45,7 @@ LAYOUT = Layout(
 )
 
 
-def read(survey: Survey) -> ReidDataset | None:
+def read(survey: Survey, options: DataOptions) -> ReidDataset | None:
     """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`."""
     found = survey.locate(LAYOUT)
     if found is None:

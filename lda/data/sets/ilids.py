@@ -12,9 +12,13 @@ camera the same-camera rule would invalidate every query.
 
 from __future__ import annotations
 
+from lda.data.catalogue import Facts
+from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset, Split
-from lda.data.sets.splits import RULES, load_draws
+from lda.data.splits import RULES, load_draws
 from lda.data.survey import Count, Grammar, Layout, Survey, quoted
+
+FACTS = Facts(title="i-LIDS", order=9, single_shot=True)
 
 PUBLISHED = Count(119, 476)
 
@@ -28,7 +32,7 @@ LAYOUT = Layout(
 )  # fmt: skip
 
 
-def read(survey: Survey) -> ReidDataset | None:
+def read(survey: Survey, options: DataOptions) -> ReidDataset | None:
     """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`."""
     found = survey.locate(LAYOUT)
     if found is None:

@@ -12,8 +12,12 @@ person 0 is background, which stays in the gallery and must not train.
 
 from __future__ import annotations
 
+from lda.data.catalogue import Facts
+from lda.data.options import DataOptions
 from lda.data.records import ReidDataset
 from lda.data.survey import Count, Grammar, Layout, Survey
+
+FACTS = Facts(title="Market-1501", order=1)
 
 CAMERAS = 6
 JUNK, BACKGROUND = -1, 0
@@ -35,7 +39,7 @@ LAYOUT = Layout(
 )  # fmt: skip
 
 
-def read(survey: Survey) -> ReidDataset | None:
+def read(survey: Survey, options: DataOptions) -> ReidDataset | None:
     """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`."""
     found = survey.locate(LAYOUT)
     if found is None:

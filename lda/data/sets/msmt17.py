@@ -19,8 +19,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lda.data.catalogue import Facts
+from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset
 from lda.data.survey import Count, Grammar, Layout, Survey, child, listing, quoted, subfolders
+
+FACTS = Facts(title="MSMT17", order=2, options={"msmt17_train": "extent"})
 
 CAMERAS = 15
 
@@ -52,11 +56,9 @@ FLAT = Layout(
 )
 
 
-def read(survey: Survey, train_list: str = "train") -> ReidDataset | None:
-    """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`.
-
-    `train_list`: "train" trains on list_train.txt, "train+val" on list_val.txt as well.
-    """
+def read(survey: Survey, options: DataOptions) -> ReidDataset | None:
+    """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`."""
+    train_list = options.msmt17_train
     found = survey.locate(V1, V2, FLAT)
     if found is None:
         return None

@@ -11,9 +11,13 @@ Layout: `prid_2011/single_shot/{cam_a,cam_b}/person_0001.png`.
 
 from __future__ import annotations
 
+from lda.data.catalogue import Facts
+from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset, Split
-from lda.data.sets.splits import RULES, load_draws
+from lda.data.splits import RULES, load_draws
 from lda.data.survey import Count, Grammar, Layout, Survey, quoted
+
+FACTS = Facts(title="PRID2011", order=6, single_shot=True)
 
 SHARED = 200  # persons 1 to 200 are seen by both cameras
 
@@ -30,7 +34,7 @@ LAYOUT = Layout(
 )
 
 
-def read(survey: Survey) -> ReidDataset | None:
+def read(survey: Survey, options: DataOptions) -> ReidDataset | None:
     """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`."""
     found = survey.locate(LAYOUT)
     if found is None:

@@ -14,9 +14,13 @@ Persons are paired by number, not by position (torchreid): one lost file must no
 
 from __future__ import annotations
 
+from lda.data.catalogue import Facts
+from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset, Split
-from lda.data.sets.splits import RULES, load_draws
+from lda.data.splits import RULES, load_draws
 from lda.data.survey import Count, Found, Grammar, Layout, Survey, quoted
+
+FACTS = Facts(title="VIPeR", order=8, single_shot=True)
 
 PUBLISHED = Count(632, 632, 1)
 
@@ -33,7 +37,7 @@ SPLIT = Layout(
 )
 
 
-def read(survey: Survey) -> ReidDataset | None:
+def read(survey: Survey, options: DataOptions) -> ReidDataset | None:
     """Read the data set below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`."""
     found = survey.locate(CAMERAS, SPLIT)
     if found is None:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from lda.command import exit_code
+from lda.data.catalogue import title
 from lda.data.standin.cuhk03_release import write_release
 from lda.data.standin.draw import plans
 from lda.data.standin.layouts import SCALES, Plan, Shot
 from lda.data.standin.tree import VERSION, generate
 from lda.data.survey import MARKER
-from lda.errors import UsageError
-from lda.protocols import DATASETS
 
 
 def contact_sheet(root: Path, path: Path, persons: int = 8) -> None:
@@ -33,7 +33,7 @@ def contact_sheet(root: Path, path: Path, persons: int = 8) -> None:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for row, (name, plan) in enumerate(planned.items()):
         y = gap + row * (height + gap)
-        draw.text((8, y + height // 2), DATASETS[name], fill="black", font=font, anchor="lm")
+        draw.text((8, y + height // 2), title(name), fill="black", font=font, anchor="lm")
         for column, pair in enumerate(_pairs(plan, persons)):
             for k, shot in enumerate(pair):
                 with Image.open(root / shot.path) as image:
@@ -73,28 +73,21 @@ def main(arguments: list[str] | None = None) -> int:
         "--cuhk03-release", type=Path, metavar="DIR", help="write CUHK03's .mat files to this new folder"
     )
     options = parser.parse_args(arguments)
+    return exit_code(lambda: _draw(options))
+
+
+def _draw(options: argparse.Namespace) -> None:
     start = time.perf_counter()
-    try:
-        marker = generate(options.output, options.scale, options.seed)
-        if options.contact_sheet:
-            contact_sheet(options.output, options.contact_sheet)
-        if options.cuhk03_release:
-            write_release(options.output, options.cuhk03_release)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that vanished
-        print(f"error: {error.filename or options.output}: {error.strerror}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
-        return 130
+    marker = generate(options.output, options.scale, options.seed)
+    if options.contact_sheet:
+        contact_sheet(options.output, options.contact_sheet)
+    if options.cuhk03_release:
+        write_release(options.output, options.cuhk03_release)
     images = sum(part["images"] for parts in marker["counts"].values() for part in parts.values())
     print(
         f"{options.output}: stand-in v{VERSION} {options.scale}, seed {options.seed}, {len(marker['counts'])} data "
         f"sets, {images:,} images ({time.perf_counter() - start:.1f} s), hash {marker['hash'][:12]}"
     )
-    return 0
 
 
 if __name__ == "__main__":

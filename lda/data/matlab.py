@@ -1,4 +1,4 @@
-"""MATLAB 5 files, in which several data sets keep their lists (MATLAB 7.3 files are HDF5, see lda/data/cuhk03.py)."""
+"""MATLAB 5 files, in which several data sets keep their lists (7.3 is HDF5: lda/data/sets/cuhk03.py)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lda.data.sets.splits import DRAWS, FOLDER, FORMAT, NUM_SPLITS, RULES, digest
+from lda.command import exit_code
+from lda.data.splits import DRAWS, FOLDER, FORMAT, NUM_SPLITS, RULES, digest
 
 
 def draw(name: str) -> dict[str, Any]:
@@ -40,10 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--write", action="store_true", help="write the files instead")
     options = parser.parse_args(arguments)
+    return exit_code(lambda: _compare(options.write))
+
+
+def _compare(write: bool) -> int:
+    """Compare the files with their generator, or write them; 1 if any differs."""
     differing = []
     for name in RULES:
         path, text = FOLDER / f"{name}.json", _text(draw(name))
-        if options.write:
+        if write:
             FOLDER.mkdir(exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}")
             partial.write_text(text, encoding="utf-8")
@@ -53,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if differing:
         print(f"error: {', '.join(differing)} in {FOLDER} differ from the generator", file=sys.stderr)
         return 1
-    print(f"{len(RULES)} split files in {FOLDER} {'written' if options.write else 'agree with their generator'}")
+    print(f"{len(RULES)} split files in {FOLDER} {'written' if write else 'agree with their generator'}")
     return 0
 
 

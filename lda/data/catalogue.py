@@ -1,0 +1,96 @@
+"""The data sets: every file of `lda/data/sets/` is one, its file name is the data set's name.
+
+Such a file holds two things:
+    FACTS                    what is known before anything is read, a `Facts`
+    read(survey, options)    the reader: a `ReidDataset`, or None with findings in `survey`
+Nothing else has to be told of it; `lda/protocols.py` says who trains and who is tested.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, cast
+
+import lda.data.sets
+from lda.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from lda.data.options import DataOptions
+    from lda.data.records import ReidDataset
+    from lda.data.survey import Survey
+
+Role = Literal["files", "extent", "division"]
+"""What an option of a data set chooses.
+
+files      between files of which one kind suffices, such as hand-drawn or detected boxes
+extent     how much is read; the last choice reads the most
+division   how the same images are divided for testing
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known about a data set before it is read.
+
+    Attributes:
+        title: name in print.
+        order: place in lists, and of its colour in figures; those that name none come last, by their name in code.
+        cameras: the camera numbers say who shares a camera. False: the same-camera rule would invalidate every query.
+        single_shot: every query has one match, which the camera rule keeps: mINP must equal mAP.
+        withdrawn: by its authors; read only on request.
+        options: the `DataOptions` that its `read` looks at, and what each of them chooses.
+    """
+
+    title: str
+    order: int = 1000
+    cameras: bool = True
+    single_shot: bool = False
+    withdrawn: bool = False
+    options: Mapping[str, Role] = field(default_factory=dict)
+
+    def chosen_by(self, role: Role) -> list[str]:
+        """The options of one role."""
+        return [name for name, own in self.options.items() if own == role]
+
+
+class SetFile(Protocol):
+    """A file of `lda/data/sets/`."""
+
+    FACTS: Facts
+
+    @staticmethod
+    def read(survey: Survey, options: DataOptions, /) -> ReidDataset | None:
+        """Read it below `survey.root`; None if it is not there. Everything wrong is in `survey.findings`."""
+
+
+def names() -> tuple[str, ...]:
+    """Every data set's name in code, in the order in which lists show them."""
+    return tuple(sorted(_files(), key=lambda name: (facts(name).order, name)))
+
+
+def find(name: str) -> SetFile:
+    """A data set's file. Raises UsageError naming the nearest if there is none, or if it lacks `FACTS` or `read`."""
+    if name not in _files():
+        raise UsageError(unknown("data set", name, names()))
+    module = importlib.import_module(f"{lda.data.sets.__name__}.{name}")
+    for part in ("FACTS", "read"):
+        if not hasattr(module, part):
+            raise UsageError(f"{module.__file__}: a data set's file needs {part}, see lda/data/catalogue.py")
+    return cast(SetFile, module)
+
+
+def facts(name: str) -> Facts:
+    """What is known about a data set. Raises UsageError as `find`."""
+    return find(name).FACTS
+
+
+def title(name: str) -> str:
+    """A data set's name in print; a name that is not ours stays as it is."""
+    return facts(name).title if name in _files() else name
+
+
+def _files() -> list[str]:
+    return [file.name for file in pkgutil.iter_modules(lda.data.sets.__path__)]
