@@ -69,7 +69,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 
 def trainer_of(task: Task, monkeypatch: pytest.MonkeyPatch, behave: Any, **changes: Any) -> Trainer:
-    monkeypatch.setattr(methods, "build", lambda chosen, setup: TwoParts(Nothing(), setup))
+    def build(chosen: object, setup: Setup) -> Method:
+        torch.manual_seed(setup.seed)
+        return TwoParts(Nothing(), setup)
+
+    monkeypatch.setattr(methods, "build", build)
     settings = {"image_height": 32, "image_width": 16, "ids_per_batch": 4, "images_per_id": 2, "warmup_epochs": 0}
     trainer = Trainer(preset("standin", threads=1, **{**settings, **changes}), task, CPU)
     trainer.method.behave = behave.__get__(trainer.method)
