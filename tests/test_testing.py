@@ -69,7 +69,9 @@ def splits(tmp_path: Path) -> list[EvaluationSet]:
             Image.new("RGB", (32, 64), colour).save(path)
             records[pid, camid] = ImageRecord(path, pid, camid)
     return [
-        EvaluationSet("prid", tuple(records[p, 0] for p in pids), tuple(records[p, 1] for p in range(6)))
+        EvaluationSet(
+            "prid", tuple(records[p, 0] for p in pids), tuple(records[p, 1] for p in range(6)), single_shot=True
+        )
         for pids in ((0, 1, 2), (2, 3, 4, 5))
     ]
 
@@ -86,7 +88,9 @@ def test_every_split_equals_its_own_evaluation(splits: list[EvaluationSet]) -> N
 
 def test_single_shot_lists_are_checked_with_every_evaluation(splits: list[EvaluationSet], tmp_path: Path) -> None:
     """A second match of a query slips into the gallery: mINP is no longer mAP."""
-    wrong = EvaluationSet("prid", splits[0].query, (*splits[0].gallery, ImageRecord(tmp_path / "3_1.png", 0, 1)))
+    wrong = EvaluationSet(
+        "prid", splits[0].query, (*splits[0].gallery, ImageRecord(tmp_path / "3_1.png", 0, 1)), single_shot=True
+    )
     config = preset("standin", method="baseline", threads=1)
     with pytest.raises(RuntimeError, match=r"prid: mINP .* is not mAP"):
         Evaluator([wrong], config, CPU)(build_method(config, [4, 4]))
@@ -145,7 +149,7 @@ def test_a_method_that_looks_at_the_target_does_so_on_a_copy(splits: list[Evalua
     assert torch.equal(method.shown, torch.zeros(3))
     assert method.sides == []
     adapted = evaluator._adapted(method)
-    assert adapted.sides == [("query", 5), ("gallery", 6)]
+    assert adapted.sides == [("query", 6), ("gallery", 6)]
 
 
 class Matching(Method):
