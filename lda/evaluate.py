@@ -146,7 +146,7 @@ def effective_rank(features: Tensor) -> float:
 
 
 def metrics(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation as keys of result.json: fractions, means over splits, and every split where there are several."""
+    """An evaluation as fields of `Result`: fractions, means over splits, and every split where there are several."""
     rows = [
         {
             "mAP": ranking.mAP,

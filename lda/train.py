@@ -80,11 +80,10 @@ def _run(config: configs.Config, folder: Path, data_root: Path | None) -> int:
         except KeyboardInterrupt:
             print(f"interrupted; the same command goes on from {folder / 'checkpoint.pt'}", file=sys.stderr)
             return 130
-    conditions = f"{result['data']}, {result['inference']}, {result['average_precision']} AP"
+    conditions = ", ".join(filter(None, (result.data, result.inference, f"{result.average_precision} AP")))
     print(
-        f"{config.method} on {config.target} ({conditions}): mAP {100 * result['mAP']:.1f}, "
-        f"Rank-1 {100 * result['rank1']:.1f}; {result['selection']['rule']} "
-        f"{100 * result['selection']['score']:.1f}; {folder}"
+        f"{config.method} on {config.target} ({conditions}): mAP {100 * result.mAP:.1f}, "
+        f"Rank-1 {100 * result.rank1:.1f}; {result.selection.rule} {100 * result.selection.score:.1f}; {folder}"
     )
     return 0
 

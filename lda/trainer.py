@@ -23,10 +23,9 @@ from lda.data.standin.tree import ensure_standin
 from lda.data.transforms import Augment
 from lda.device import choose_device, forward_context
 from lda.errors import UsageError
-from lda.evaluate import Evaluator, chosen_splits, metrics
-from lda.files import write_json
+from lda.evaluate import Evaluation, Evaluator, chosen_splits, metrics
 from lda.method import LDA, Losses, Method, build_method
-from lda.runs import RunFolder, environment, read_metrics
+from lda.runs import BUFFER_BANK, Content, Cost, Result, RunFolder, Selection, Split, UnitFolder
 from lda.tracking import RunLabels, Tracker
 
 _REMEDY = "try a lower learning_rate or a longer warmup_epochs"
@@ -177,8 +176,8 @@ def run_unit(
     labels: RunLabels | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     siblings: Sequence[Path] = (),
-) -> dict[str, Any]:
-    """Run one unit to its end in `folder`, going on from its checkpoint, and return the content of result.json.
+) -> Result:
+    """Run one unit to its end in `folder`, going on from its checkpoint, and return what result.json says.
 
     A finished unit is returned at once. Without `data_root` it runs on the stand-in, generated on first use. An
     exception raised by `on_progress` ends the run and passes through; the checkpoint stays.
@@ -198,11 +197,11 @@ def run_unit(
         cuhk03_protocol=config.cuhk03_protocol,
         msmt17_train=config.msmt17_train,
     )
-    run = RunFolder(folder, config, config.unit_hash(task.data_hash))
+    run = RunFolder(folder, config.unit_hash(task.data_hash), _training_hash(config, task), config.to_dict())
     finished = run.result()
     if finished is not None:
         return finished
-    write_json(folder / "env.json", environment(str(device)))
+    run.write_environment(str(device))
     _take_over(run, config, task, siblings)
     labels = labels or RunLabels(name=f"{config.method}-{config.target}-s{config.seed}")
     data = "stand-in" if task.standin else "real"
@@ -219,15 +218,16 @@ def run_unit(
 
 def _take_over(run: RunFolder, config: Config, task: Task, siblings: Sequence[Path]) -> None:
     """Copy checkpoint and metrics of a finished sibling whose training is this unit's."""
-    if config.selection == "oracle" or (run.path / "checkpoint.pt").exists():
+    if config.selection == "oracle" or run.checkpoint.exists():
         return  # oracle validates on its own target while it trains
     shapes = (tuple(source.name for source in task.sources), tuple(source.num_ids for source in task.sources))
     for sibling in siblings:
-        if not (sibling / "result.json").is_file():
+        theirs = UnitFolder(sibling)
+        if not theirs.finished:
             continue
         try:
-            saved = read_checkpoint(sibling / "checkpoint.pt")
-            rows = read_metrics(sibling / "metrics.jsonl")
+            saved = read_checkpoint(theirs.checkpoint)
+            rows = theirs.rows()
         except (UsageError, OSError) as error:
             print(f"warning: {error}; training again", file=sys.stderr)
             continue
@@ -236,8 +236,27 @@ def _take_over(run: RunFolder, config: Config, task: Task, siblings: Sequence[Pa
             run.replace_rows(rows)
             trained_in = saved.trained_in or sibling.name
             own = replace(saved, unit=run.unit, config=config, seconds=0.0, trained_in=trained_in)
-            own.save(run.path / "checkpoint.pt")
+            own.save(run.checkpoint)
             return
+
+
+# What a method will say itself, once each has its own file and settings.
+
+
+def _said_of(config: Config) -> dict[str, Any]:
+    plain = "plain IN" if config.baseline_norm == "instance" else "plain BN"
+    lda = config.method == "lda"
+    return {
+        "title": "LDA" if lda else plain,
+        "reconstructed": "",
+        "target_data": False,
+        "inference": config.inference if lda else "",
+        "cost": Cost(2.0 if lda and config.network_a != "none" else 1.0, 1.0, "vector"),
+    }
+
+
+def _training_hash(config: Config, task: Task) -> str:
+    return config.replace(target="market1501").unit_hash(task.data_hash)
 
 
 class _Unit:
@@ -261,7 +280,7 @@ class _Unit:
         self.images_per_second = 0.0
         self.trained_in = ""
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Result:
         """Train what is left, select, test, and write the result."""
         self._resume()
         self._fit()
@@ -269,35 +288,47 @@ class _Unit:
         test = self.test(self.trainer.method)
         score = float(np.mean(list(per_source.values()))) if per_source else test.mAP
         self._save_bank()
-        result = {
-            **{key: getattr(self.config, key) for key in ("protocol", "target", "seed", "method")},
-            **metrics(test),
-            "inference": self.config.inference if self.config.method == "lda" else "plain",
-            "flip_test": self.config.flip_test,
-            "average_precision": self.config.average_precision,
-            "selection": {"rule": self.config.selection, "score": score, "per_source": per_source},
-            "data": "stand-in" if self.task.standin else "real",
-            "data_hash": self.task.data_hash,
-            "versions": self.task.versions,
-            "seconds": round(self._seconds(), 2),
-            "images_per_second": round(self.images_per_second, 1),
-            "steps": self.trainer.step,
-            "trained_in": self.trained_in,
-            "feature/norm": test.feature_norm,
-            "feature/effective_rank": test.effective_rank,
-        }
+        result = self._result(test, Selection(self.config.selection, score, per_source))
         self.run.write_result(result)
-        self.tracker.summarise({f"test/{key}": result[key] for key in ("mAP", "rank1", "mINP")})
+        self.tracker.summarise({"test/mAP": result.mAP, "test/rank1": result.rank1, "test/mINP": result.mINP})
         self.tracker.summarise({"val/score": score, "feature/effective_rank": test.effective_rank})
-        return {"unit": self.run.unit, **result}
+        return result
+
+    def _result(self, test: Evaluation, selection: Selection) -> Result:
+        measured = metrics(test)
+        splits = tuple(Split(**row) for row in measured.pop("splits", ()))
+        return Result(
+            unit=self.run.unit,
+            training=self.run.training,
+            protocol=self.config.protocol,
+            target=self.config.target,
+            seed=self.config.seed,
+            method=self.config.method,
+            **measured,
+            splits=splits,
+            flip_test=self.config.flip_test,
+            average_precision=self.config.average_precision,
+            cuhk03_boxes=self.config.cuhk03_boxes,
+            cuhk03_protocol=self.config.cuhk03_protocol,
+            selection=selection,
+            data="stand-in" if self.task.standin else "real",
+            content=Content({}, self.task.data_hash),
+            versions=dict(self.task.versions),
+            seconds=round(self._seconds(), 2),
+            images_per_second=round(self.images_per_second, 1),
+            steps=self.trainer.step,
+            trained_in=self.trained_in,
+            parameters=sum(parameter.numel() for parameter in self.trainer.method.parameters()),
+            effective_rank=test.effective_rank,
+            **_said_of(self.config),
+        )
 
     def _resume(self) -> None:
-        path = self.run.path / "checkpoint.pt"
-        if not path.exists():
+        if not self.run.checkpoint.exists():
             self.run.rewind(0)
             return
         try:
-            saved = read_checkpoint(path, self.trainer.device)
+            saved = read_checkpoint(self.run.checkpoint, self.trainer.device)
         except UsageError as error:  # a damaged disk: nothing of this unit is finished, so it starts again
             print(f"warning: {error}; starting the unit again", file=sys.stderr)
             self.run.rewind(0)
@@ -328,7 +359,7 @@ class _Unit:
                 if config.evaluate_every and epoch % config.evaluate_every == 0 and epoch < config.epochs:
                     score = self._intermediate_score()
                 if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
-                    trainer.checkpoint(self.run.unit, self._seconds()).save(self.run.path / "checkpoint.pt")
+                    trainer.checkpoint(self.run.unit, self._seconds()).save(self.run.checkpoint)
             self.on_progress(Progress(step, config.total_steps, epoch, self.images_per_second, score))
 
     def _intermediate_score(self) -> float:
@@ -364,6 +395,6 @@ class _Unit:
             return
         banks = dict(self.trainer.method.banks())
         domains = [source.name for source in self.task.sources]
-        write_banks(self.run.path / "buffer_bank.npz", domains, banks)
+        write_banks(self.run.kept(BUFFER_BANK), domains, banks)
         self.tracker.log_image("buffer_bank", draw_banks(banks), f"rows per layer: {', '.join(domains)}")
         self.tracker.log_table("buffer_bank_table", *tabulate_banks(domains, banks))

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "lda.batch": set(),
     "lda.command": set(),
     "lda.files": set(),
-    "lda.runs": {"lda.config", "lda.files"},
+    "lda.runs": {"lda.files", "lda.settings"},
     "lda.tracking": {"lda.config"},
     "lda.device": {"lda.config"},
     "lda.bank_files": {"lda.normalisation", "lda.files"},

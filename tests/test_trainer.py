@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from lda.checkpoint import read_checkpoint
 from lda.config import Config, preset
 from lda.data.sources import build_task
 from lda.errors import UsageError
-from lda.runs import RunFolder, read_metrics
+from lda.runs import Result, RunFolder, Selection, read_metrics
 from lda.trainer import Progress, Trainer, TrainingError, _take_over, learning_rate, run_unit
 
 
@@ -96,7 +97,7 @@ def test_unit_leaves_its_files(finished: Path) -> None:
     assert result["selection"]["score"] == pytest.approx(np.mean(list(result["selection"]["per_source"].values())))
     assert 0.0 < result["mAP"] <= 1.0
     assert result["steps"] == 12
-    assert 1.0 <= result["feature/effective_rank"] <= 192
+    assert 1.0 <= result["effective_rank"] <= 192
     rows = read_metrics(finished / "metrics.jsonl")
     losses = [row for row in rows if "loss/total" in row]
     assert [row["step"] for row in losses] == list(range(1, 13))
@@ -118,7 +119,7 @@ def test_bank_file_is_the_trained_bank(finished: Path) -> None:
 def test_finished_unit_is_returned_at_once(finished: Path, standin_tiny: Path) -> None:
     before = (finished / "result.json").stat().st_mtime_ns
     result = run_unit(quick(), finished, data_root=standin_tiny, on_progress=stop_at(1))
-    assert result == json.loads((finished / "result.json").read_text())
+    assert result == Result.read(finished)
     assert (finished / "result.json").stat().st_mtime_ns == before
 
 
@@ -215,11 +216,10 @@ def test_targets_with_the_same_sources_share_one_training(ilids: Path, standin_t
     options: dict[str, Any] = {"data_root": standin_tiny, "on_progress": lambda progress: steps.append(progress.step)}
     shared = run_unit(config, tmp_path / "shared", siblings=[tmp_path / "nowhere", ilids], **options)
     assert steps == []
-    assert (shared["trained_in"], alone["trained_in"]) == ("ilids", "")
-    assert shared["images_per_second"] > 0
-    for changed in ("trained_in", "seconds", "images_per_second"):
-        del shared[changed], alone[changed]
-    assert shared == alone
+    assert (shared.trained_in, alone.trained_in) == ("ilids", "")
+    assert shared.images_per_second > 0
+    changed = {key: getattr(alone, key) for key in ("trained_in", "seconds", "images_per_second")}
+    assert dataclasses.replace(shared, **changed) == alone
     assert read_checkpoint(tmp_path / "shared" / "checkpoint.pt").config == config
     rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("shared", "alone")]
     assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
@@ -234,7 +234,7 @@ def test_another_training_is_never_taken_over(
 ) -> None:
     config = of_protocol1("market1501" if "protocol" in change else "prid").replace(**change)
     task = build_task(config.protocol, config.target, standin_tiny, validation_fraction=config.validation_fraction)
-    run = RunFolder(tmp_path / "run", config, config.unit_hash(task.data_hash))
+    run = RunFolder(tmp_path / "run", config.unit_hash(task.data_hash), "", config.to_dict())
     _take_over(run, config, task, [ilids])
     assert not (run.path / "checkpoint.pt").exists()
 
@@ -244,7 +244,7 @@ def test_an_unfinished_or_damaged_training_is_not_taken_over(
 ) -> None:
     config = of_protocol1("prid")
     task = build_task("protocol1", "prid", standin_tiny, validation_fraction=config.validation_fraction)
-    run = RunFolder(tmp_path / "run", config, config.unit_hash(task.data_hash))
+    run = RunFolder(tmp_path / "run", config.unit_hash(task.data_hash), "", config.to_dict())
     sibling = tmp_path / "ilids"
     shutil.copytree(ilids, sibling)
     (sibling / "result.json").rename(tmp_path / "result.json")
@@ -307,19 +307,19 @@ def test_source_scores_do_not_see_the_target(finished: Path, standin_tiny: Path,
     rows = read_metrics(finished / "metrics.jsonl")
     assert not any("market1501" in key or "oracle" in key for row in rows for key in row)
     result = run_unit(quick(selection="oracle"), tmp_path, data_root=standin_tiny)
-    assert result["selection"] == {"rule": "oracle", "score": result["mAP"], "per_source": {}}
+    assert result.selection == Selection("oracle", result.mAP, {})
     assert any("val/oracle" in row for row in read_metrics(tmp_path / "metrics.jsonl"))
 
 
 def test_baseline_unit_has_no_bank(standin_tiny: Path, tmp_path: Path) -> None:
     result = run_unit(quick(method="baseline"), tmp_path, data_root=standin_tiny)
-    assert result["inference"] == "plain"
+    assert (result.title, result.inference) == ("plain BN", "")
     assert not (tmp_path / "buffer_bank.npz").exists()
 
 
 def test_in_domain_trains_on_the_targets_training_part(standin_tiny: Path, tmp_path: Path) -> None:
     result = run_unit(quick(method="baseline", protocol="in_domain"), tmp_path, data_root=standin_tiny)
-    assert set(result["selection"]["per_source"]) == {"market1501"}
+    assert set(result.selection.per_source) == {"market1501"}
 
 
 def test_loaded_checkpoint_extracts_features(finished: Path) -> None:
