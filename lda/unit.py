@@ -18,7 +18,7 @@ from lda.data.sources import Task, build_task
 from lda.data.standin.tree import ensure_standin
 from lda.device import choose_device
 from lda.errors import UsageError
-from lda.runs import Content, Cost, Result, RunFolder, Selection
+from lda.runs import Content, Cost, Result, RunFolder, Selection, Split, UnitFolder
 from lda.testing import Evaluation, Evaluator, chosen_splits, metrics
 from lda.tracking import RunLabels, Tracker
 from lda.trainer import Trainer
@@ -99,7 +99,7 @@ def _take_over(run: RunFolder, config: Config, trained: Sequence[Path]) -> None:
     if config.selection.selection == "oracle" or run.checkpoint.exists():
         return  # oracle validates on its own target while it trains
     for folder in trained:
-        theirs = RunFolder.at(folder)
+        theirs = UnitFolder(folder)
         try:
             saved = read_checkpoint(theirs.checkpoint)
             rows = theirs.rows()
@@ -112,6 +112,11 @@ def _take_over(run: RunFolder, config: Config, trained: Sequence[Path]) -> None:
             own = replace(saved, unit=run.unit, config=config, seconds=0.0, trained_in=trained_in)
             own.save(run.checkpoint)
             return
+
+
+def _metrics(test: Evaluation) -> dict[str, Any]:
+    found = metrics(test)
+    return {**found, "splits": tuple(Split(**split) for split in found.get("splits", ()))}
 
 
 class _Unit:
@@ -164,7 +169,7 @@ class _Unit:
             title=method.label,
             reconstructed=method.reconstructed,
             target_data=method.looks_at_target,
-            **metrics(test),
+            **_metrics(test),
             inference=method.inference,
             flip_test=config.test.flip_test,
             average_precision=config.test.average_precision,

@@ -25,7 +25,7 @@ from sqlalchemy.exc import DBAPIError
 
 from lda.errors import UsageError
 from lda.files import read_json, write_json
-from lda.runs import environment
+from lda.runs import FORMAT, environment
 from sweeps.crew.assignment import Assignment
 from sweeps.crew.processes import WorkerPool
 from sweeps.crew.slots import Slot
@@ -151,6 +151,7 @@ class Coordinator:
         plain = to_dict(spec)
         machine = environment("")
         content = {
+            "format": FORMAT,
             "study": self.plan.study,
             "title": spec.title,
             "protocol": spec.protocol,

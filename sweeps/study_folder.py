@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lda.files import read_json, write_json
+from lda.runs import finished, read_unit, unit_folders
 
 BASELINE = "trial-baseline"
 
@@ -53,9 +54,10 @@ class StudyFolder:
 
     def finished_unit(self, unit: str) -> Path | None:
         """A unit of this study that is finished and has this hash, wherever it was run."""
-        for result in sorted(self.path.glob("trial-*/*/result.json")):
-            if not result.parent.is_symlink() and read_json(result)["unit"] == unit:
-                return result.parent
+        for trial in sorted(self.path.glob("trial-*")):
+            for folder in unit_folders(trial):
+                if not folder.is_symlink() and finished(folder) and read_unit(folder).unit == unit:
+                    return folder
         return None
 
     def event(self, text: str, worker: str = "") -> None:

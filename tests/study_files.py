@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from lda.config import preset
 from lda.protocols import PROTOCOLS
+from lda.runs import BUFFER_BANK, CONFIG, FORMAT, METRICS, Content, Cost, Result, Selection, Split, UnitFolder
 
 LAYERS = {"bn1": 32, "layer1.0.bn1": 32, "layer2.0.bn1": 64, "layer3.0.bn1": 128, "layer4.0.bn1": 256, "output": 256}
 """Layer -> channels of the banks written here."""
@@ -40,23 +42,74 @@ def write_bank(path: Path, domains: Sequence[str], seed: int = 0, unseen: Sequen
     np.savez(path, **arrays)
 
 
-def write_unit(
-    folder: Path,
-    target: str,
+TITLES = {"lda": "LDA", "baseline": "plain BN"}
+"""Method -> its name in print; any other method is printed in capitals."""
+
+COSTS = {"lda": Cost(2.0, 4.0, "vector")}
+"""Method -> what an image costs; that of any other method is 1."""
+
+
+def a_result(
+    target: str = "cuhk03",
     *,
     protocol: str = "protocol3",
-    seed: int = 0,
     method: str = "lda",
     mAP: float = 0.3,  # noqa: N803
     score: float = 0.5,
-    finished: bool = True,
-    data: str = "stand-in",
     selection: str = "source_validation",
-) -> None:
-    """One unit; its Rank-1 is mAP + 0.1. Over test splits mAP spreads by a tenth of itself, Rank-1 by a fifth."""
-    config = preset("standin", protocol=protocol, target=target, seed=seed, method=method, selection=selection)
-    write_json(folder / "config.json", {"unit": config.unit_hash(), "config": config.to_dict()})
+    **others: Any,
+) -> Result:
+    """Its Rank-1 is mAP + 0.1. Over test splits mAP spreads by a tenth of itself, Rank-1 by a fifth."""
+    ranks: dict[str, Any] = {"rank1": mAP + 0.1, "rank5": mAP + 0.2, "rank10": mAP + 0.3, "mINP": mAP / 2}
+    splits: dict[str, Any] = {"num_splits": 1}
+    if (num_splits := PROTOCOLS[protocol].num_splits) > 1:
+        each = Split(mAP=mAP, **ranks, num_valid_queries=100)
+        splits = {"num_splits": num_splits, "mAP_std": mAP / 10, "rank1_std": mAP / 5, "splits": (each,) * num_splits}
     sources = PROTOCOLS[protocol].sources(target)
+    measured: dict[str, Any] = {
+        "unit": hashlib.sha256(repr((target, protocol, method, others)).encode()).hexdigest()[:12],
+        "training": "0123456789ab",
+        "protocol": protocol,
+        "target": target,
+        "seed": 0,
+        "method": method,
+        "title": TITLES.get(method, method.upper()),
+        "reconstructed": "",
+        "target_data": False,
+        "mAP": mAP,
+        **ranks,
+        **splits,
+        "num_valid_queries": 100,
+        "inference": "fused" if method == "lda" else "",
+        "flip_test": False,
+        "average_precision": "step",
+        "cuhk03_boxes": "labeled",
+        "cuhk03_protocol": "new",
+        "selection": Selection(selection, score, dict.fromkeys(sources, score)),
+        "data": "stand-in",
+        "content": Content(dict.fromkeys(sources, "0123456789ab"), "0123456789ab"),
+        "versions": {"msmt17": "MSMT17_V2"},
+        "seconds": 12.5,
+        "images_per_second": 500.0,
+        "steps": 200,
+        "trained_in": "",
+        "cost": COSTS.get(method, Cost(1.0, 1.0, "vector")),
+        "parameters": 1000,
+        "effective_rank": 20.0,
+    }
+    return Result(**{**measured, **others})
+
+
+def write_unit(
+    folder: Path, target: str, *, score: float = 0.5, finished: bool = True, bank: bool | None = None, **others: Any
+) -> None:
+    """One unit; `others` are those of `a_result`. `bank`: whether it keeps a Buffer Bank; by default LDA does."""
+    result = a_result(target, score=score, **others)
+    named = {"protocol": result.protocol, "target": target, "seed": result.seed, "method": result.method}
+    settings = {**preset("standin").to_dict(), **named, "selection": result.selection.rule}
+    hashes = {"format": FORMAT, "unit": result.unit, "training": result.training}
+    write_json(folder / CONFIG, {**hashes, "config": settings})
+    sources = PROTOCOLS[result.protocol].sources(target)
     rows: list[dict[str, Any]] = []
     for step in range(20, 201, 20):
         rows.append({"step": step, "epoch": step // 20, "loss/id_e": 4 - step / 100, "loss/total": 8 - step / 50})
@@ -64,34 +117,12 @@ def write_unit(
     for step in (100, 200):
         value = score * step / 200
         rows.append({"step": step, "epoch": step // 20, "val/mAP": value, **{f"val/{s}/mAP": value for s in sources}})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     if not finished:
         return
-    if method == "lda":
-        write_bank(folder / "buffer_bank.npz", sources, seed)
-    ranks = {"rank1": mAP + 0.1, "rank5": mAP + 0.2, "rank10": mAP + 0.3, "mINP": mAP / 2, "num_valid_queries": 100}
-    splits: dict[str, Any] = {"num_splits": 1}
-    if (num_splits := PROTOCOLS[protocol].num_splits) > 1:
-        splits = {"num_splits": num_splits, "mAP_std": mAP / 10, "rank1_std": mAP / 5}
-    write_json(
-        folder / "result.json",
-        {
-            "unit": config.unit_hash(),
-            **{"protocol": protocol, "target": target, "seed": seed, "method": method, "mAP": mAP, **ranks, **splits},
-            "inference": "fused" if method == "lda" else "plain",
-            "flip_test": False,
-            "average_precision": "step",
-            "selection": {"rule": selection, "score": score, "per_source": dict.fromkeys(sources, score)},
-            "data": data,
-            "data_hash": "0123456789ab" if data == "stand-in" else "",
-            "versions": {"msmt17": "MSMT17_V2"},
-            "seconds": 12.5,
-            "images_per_second": 500.0,
-            "steps": 200,
-            "feature/norm": 3.0,
-            "feature/effective_rank": 20.0,
-        },
-    )
+    if result.method == "lda" if bank is None else bank:
+        write_bank(UnitFolder(folder).kept(BUFFER_BANK), sources, result.seed)
+    result.write(folder)
 
 
 def write_study(
@@ -110,6 +141,7 @@ def write_study(
     write_json(
         folder / "study.json",
         {
+            "format": FORMAT,
             "study": folder.name,
             "title": "A study for tests",
             "protocol": protocol,
@@ -123,9 +155,11 @@ def write_study(
                 "bank_momentum": {"low": 0.5, "high": 0.99, "log": False, "step": None, "choices": []},
             },
             "defaults": {"alignment_weight": 0.1, "bank_momentum": 0.9},
+            "base": {},
             "budget": {"trials": len(scores)},
             "command": "python sweeps/run.py --study protocol3",
             "commit": "0123abc",
+            "dirty": False,
             "versions": {"python": "3.11.7", "torch": "2.15.0"},
         },
     )

@@ -33,7 +33,7 @@ def run(folder: Path, *more: str) -> int:
 def test_agrees_with_the_run(finished: dict[str, Path], standin_tiny: Path, capsys: Any) -> None:
     where = ["--data-root", str(standin_tiny), "--target", "market1501"]
     assert run(finished["both"], *where) == 0
-    result = Result.read(finished["both"] / "result.json")
+    result = Result.read(finished["both"])
     shown = json.loads(capsys.readouterr().out)
     assert shown["mAP"] == pytest.approx(result.mAP, abs=1e-6)
     assert (shown["data"], shown["inference"], shown["target_data"]) == ("stand-in", "fused", False)

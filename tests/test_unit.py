@@ -115,7 +115,7 @@ def test_bank_file_is_the_trained_bank(finished: Path) -> None:
 def test_finished_unit_is_returned_at_once(finished: Path, standin_tiny: Path) -> None:
     before = (finished / "result.json").stat().st_mtime_ns
     result = run_unit(quick(), finished, data_root=standin_tiny, on_progress=stop_at(1))
-    assert result == Result.read(finished / "result.json")
+    assert result == Result.read(finished)
     assert (finished / "result.json").stat().st_mtime_ns == before
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from optuna.trial import Trial
 
 from lda.config import Config
-from lda.files import read_json
 from lda.protocols import get_protocol
+from lda.runs import Result, UnitFolder
 from lda.tracking import RunLabels
 from lda.trainer import Progress, TrainingError, run_unit
 from sweeps.crew.assignment import Assignment
@@ -91,19 +91,17 @@ class Attempt:
         unit = self._unit(target, config)
         result = self._finished_elsewhere(folder, unit) or self._train(config, folder, target, on_progress)
         self.check()
-        row = {key: result[key] for key in ("unit", "mAP", "rank1", "seconds")}
-        row |= {"score": result["selection"]["score"], "host": platform.node()}
+        row = {"unit": result.unit, "mAP": result.mAP, "rank1": result.rank1, "seconds": result.seconds}
+        row |= {"score": result.selection.score, "host": platform.node()}
         self.patiently(lambda: self.trial.set_user_attr(UNIT + target, row))
-        not_used = "" if result["selection"]["rule"] == "oracle" else ", not used"
+        not_used = "" if result.selection.rule == "oracle" else ", not used"
         self.event(
             f"{self.job.title} {target} done in {row['seconds']:.0f} s: selection score {row['score']:.1%} "
             f"(target mAP {row['mAP']:.1%}, Rank-1 {row['rank1']:.1%}{not_used})"
         )
         return row
 
-    def _train(
-        self, config: Config, folder: Path, target: str, on_progress: Callable[[Progress], None]
-    ) -> dict[str, Any]:
+    def _train(self, config: Config, folder: Path, target: str, on_progress: Callable[[Progress], None]) -> Result:
         """Run the unit; on a full disk wait for room and go on from the checkpoint, for no trial is to blame."""
         full = False
         while True:
@@ -144,14 +142,14 @@ class Attempt:
                 f"{value:+.1%} against the defaults after {len(scores)} of {len(self.spec.targets)} targets"
             )
 
-    def _finished_elsewhere(self, folder: Path, unit: str) -> dict[str, Any] | None:
+    def _finished_elsewhere(self, folder: Path, unit: str) -> Result | None:
         """The result of the same unit in another trial of this study; its folder then stands here as a link."""
         if folder.exists() or (other := self.folder.finished_unit(unit)) is None:
             return None
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(os.path.relpath(other, folder.parent), target_is_directory=True)
         self.event(f"{folder.parent.name} {folder.name} is {other.parent.name}'s, run before")
-        return read_json(other / "result.json")
+        return Result.read(other)
 
     def _labels(self, target: str) -> RunLabels:
         study, trial = self.assignment.study, self.job.trial
@@ -166,6 +164,6 @@ class Attempt:
 
 def _disk_full(folder: Path) -> bool:
     """Whether there is no room for what a unit writes: one more checkpoint, or 16 MiB before the first."""
-    checkpoint = folder / "checkpoint.pt"
+    checkpoint = UnitFolder(folder).checkpoint
     needed = checkpoint.stat().st_size if checkpoint.exists() else 2**24
     return shutil.disk_usage(folder.parent).free < needed
