@@ -23,7 +23,7 @@ from lda.config import Config, preset
 from lda.data.sources import build_task
 from lda.errors import UsageError
 from lda.runs import RunFolder, read_metrics
-from lda.trainer import Progress, Trainer, TrainingError, _take_over, learning_rate, run_unit
+from lda.trainer import Progress, Trainer, TrainingError, _take_over, joint_hash, learning_rate, run_unit
 
 
 def quick(**changes: Any) -> Config:
@@ -187,8 +187,8 @@ def test_augmenting_on_the_device_sees_the_same_batches(standin_tiny: Path) -> N
     config, cpu = quick(auto_augment_probability=0.3), torch.device("cpu")
     task = build_task("protocol3", "market1501", standin_tiny, validation_fraction=config.validation_fraction)
     usual, deferred = Trainer(config, task, cpu), Trainer(config, task, cpu)
-    assert usual.augment is None
-    deferred.augment, deferred.batches.augment = deferred.batches.augment, None
+    assert usual.batches.augmented
+    deferred.batches.augmented = False
     for _ in range(3):
         rows = [trainer.train_step(next(iter(trainer.loader()))) for trainer in (usual, deferred)]
         assert rows[0] == rows[1]
@@ -234,7 +234,7 @@ def test_another_training_is_never_taken_over(
 ) -> None:
     config = of_protocol1("market1501" if "protocol" in change else "prid").replace(**change)
     task = build_task(config.protocol, config.target, standin_tiny, validation_fraction=config.validation_fraction)
-    run = RunFolder(tmp_path / "run", config, config.unit_hash(task.data_hash))
+    run = RunFolder(tmp_path / "run", config, config.unit_hash(joint_hash(task)))
     _take_over(run, config, task, [ilids])
     assert not (run.path / "checkpoint.pt").exists()
 
@@ -244,7 +244,7 @@ def test_an_unfinished_or_damaged_training_is_not_taken_over(
 ) -> None:
     config = of_protocol1("prid")
     task = build_task("protocol1", "prid", standin_tiny, validation_fraction=config.validation_fraction)
-    run = RunFolder(tmp_path / "run", config, config.unit_hash(task.data_hash))
+    run = RunFolder(tmp_path / "run", config, config.unit_hash(joint_hash(task)))
     sibling = tmp_path / "ilids"
     shutil.copytree(ilids, sibling)
     (sibling / "result.json").rename(tmp_path / "result.json")
