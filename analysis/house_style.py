@@ -23,9 +23,11 @@ RESOLUTION = 300  # dots per inch of a saved PNG
 # Type as text (not outlines) in a PDF, so that a paper's reader can search and select it.
 _STYLE: dict[str, Any] = {"pdf.fonttype": 42, "axes.titlesize": "medium", "figure.titlesize": "medium"}
 
-# Ten colours that stay apart for colour-blind readers, one for each data set, the same in every figure.
-_PALETTE = dict(zip(DATASETS, sns.color_palette("colorblind", len(DATASETS)), strict=True))
-_MARKERS = dict(zip(DATASETS, ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*"), strict=True))
+# Ten colours that stay apart for colour-blind readers, and as many markers; a data set has its own, the same in every
+# figure. An eleventh begins again from the first.
+_COLOURS: list[tuple[float, float, float]] = list(sns.color_palette("colorblind", 10))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+_PLACES = {name: place for place, name in enumerate(DATASETS)}
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, NDArray[Any]]:
@@ -45,13 +47,12 @@ def style() -> Any:
 
 def colour(domain: str, position: int) -> tuple[float, float, float]:
     """A domain's colour; one that is no data set of ours takes that of its position."""
-    found: tuple[float, float, float] = _PALETTE.get(domain, list(_PALETTE.values())[position % len(_PALETTE)])
-    return found
+    return _COLOURS[_PLACES.get(domain, position) % len(_COLOURS)]
 
 
 def marker(domain: str, position: int) -> str:
     """A domain's marker, for readers without colour."""
-    return _MARKERS.get(domain, list(_MARKERS.values())[position % len(_MARKERS)])
+    return _MARKERS[_PLACES.get(domain, position) % len(_MARKERS)]
 
 
 def save(figure: Figure, path: Path) -> Path:
