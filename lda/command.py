@@ -1,7 +1,8 @@
-"""What every command shares: how it ends, and how it shows progress."""
+"""What every command shares: how it ends, how it shows progress, and how many cores it may use."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,10 +10,13 @@ from contextlib import contextmanager
 from lda.errors import UsageError
 
 
-def exit_code(work: Callable[[], None]) -> int:
-    """Do `work`. 0 done, 1 failed (a disk that is full or not writable), 2 bad usage, 130 interrupted."""
+def exit_code(work: Callable[[], int | None]) -> int:
+    """Do `work`. 0 done, 1 failed (a disk that is full or not writable), 2 bad usage, 130 interrupted.
+
+    `work` may say by a code of its own that it is done and something is wrong.
+    """
     try:
-        work()
+        return work() or 0
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -20,8 +24,13 @@ def exit_code(work: Callable[[], None]) -> int:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
-    return 0
+
+
+def cores() -> int:
+    """Cores this process may use: a container or a batch job may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from lda.command import progress
+from lda.command import cores, progress
 from lda.data.decode import open_rgb
-from lda.data.processes import cores, map_processes
+from lda.data.processes import map_processes
 from lda.data.sets.cuhk_sysu import PUBLISHED
 from lda.data.sets.matlab import load_mat
 from lda.data.survey import child
