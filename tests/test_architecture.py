@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "lda.evaluate": {"lda"},
     "lda.trainer": {"lda"},
     "lda.train": {"lda"},
-    "sweeps": {"lda", "sweeps", "analysis"},
+    "sweeps": {"lda", "sweeps"},
     "analysis": {"lda.command", "lda.files", "lda.protocols", "lda.runs", "analysis"},
 }
 ONLY_IMPORTER = {"wandb": "lda.tracking", "optuna": "sweeps"}
