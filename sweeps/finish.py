@@ -12,12 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lda.runs import BUFFER_BANK
 from lda.tracking import RunLabels, Tracker
 from sweeps.plan.spec import StudySpec, to_dict
 from sweeps.study_folder import StudyFolder
 
-_DRAWN_BY = {"buffer_bank.npz": "analysis.buffer_bank"}
-"""File that a method keeps in a unit's folder -> the command that draws a study's."""
+_DRAWN_BY = {BUFFER_BANK: "analysis.buffer_bank"}
+"""What a method keeps in a unit's folder -> the command that draws a study's."""
 
 
 def finish(study: str, spec: StudySpec, folder: StudyFolder, kind: str, complete: bool) -> None:
@@ -40,7 +41,7 @@ def finish(study: str, spec: StudySpec, folder: StudyFolder, kind: str, complete
 
 def _commands(folder: StudyFolder) -> list[str]:
     """The commands for what any unit of the study keeps: a baseline keeps nothing, and nothing is drawn."""
-    return [command for file, command in _DRAWN_BY.items() if any(folder.path.glob(f"trial-*/*/{file}"))]
+    return [command for name, command in _DRAWN_BY.items() if any(folder.path.glob(f"trial-*/*/{name}.npz"))]
 
 
 def _run(module: str, *arguments: str, quiet: bool = False) -> bool:
@@ -61,7 +62,7 @@ def _log(study: str, spec: StudySpec, folder: StudyFolder, kind: str, table: Pat
     content = to_dict(spec)
     unit = hashlib.sha256(f"{study} {content}".encode()).hexdigest()[:12]
     labels = RunLabels(group=study, job_type="study", name=study, tags=(kind, study, "study"), folder=folder.path)
-    mode = spec.config(spec.targets[0], spec.seed, {}).wandb
+    mode = spec.config(spec.targets[0], spec.seed, {}).machine.wandb
     tracker = Tracker(folder.path, unit, {**content, "data": kind}, labels, mode)
     if table is not None:
         columns, *rows = csv.reader(table.read_text(encoding="utf-8").splitlines())

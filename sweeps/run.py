@@ -188,7 +188,7 @@ def _coordinate(
         folder=StudyFolder(folder.resolve()),
         data=prepare_data(spec, given.data_root),
         storage=url,
-        slots=tuple(plan_slots(given.workers, config.threads, config.device)),
+        slots=tuple(plan_slots(given.workers, config.machine.threads, config.machine.device)),
         command=_as_typed(given, arguments),
     )
     _announce(plan, given.set)

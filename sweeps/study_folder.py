@@ -24,7 +24,7 @@ from typing import IO, Any, Literal
 
 from lda.errors import UsageError
 from lda.files import read_json, write_json
-from lda.runs import finished, read_unit, unit_folders
+from lda.runs import finished, read_unit, training_of, unit_folders
 
 FORMAT = 2
 """Version of study.json and of the attributes of an Optuna study; 1 had none."""
@@ -108,6 +108,13 @@ class StudyFolder:
                 if not folder.is_symlink() and finished(folder) and read_unit(folder).unit == unit:
                     return folder
         return None
+
+    def trained(self, training: str) -> list[Path]:
+        """Units that learnt, or learn, what this training hash names: of this study, then of its neighbours."""
+        studies = [self.path, *sorted(path for path in self.path.parent.glob("*") if path != self.path)]
+        trials = [trial for study in studies for trial in sorted(study.glob("trial-*"))]
+        units = [unit for trial in trials for unit in unit_folders(trial) if not unit.is_symlink()]
+        return [unit for unit in units if training_of(unit) == training]
 
     # --- study.json --------------------------------------------------------------------------------------------------
 

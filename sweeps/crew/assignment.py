@@ -19,7 +19,7 @@ class Assignment:
         spec: sweeps.plan.spec.to_dict.
         storage: URL, with its password if there is one: it comes by pipe, so that no list of processes shows it.
         folder, data_root: of the study, and of the images.
-        data_hash: target -> content hash of its data.
+        contents: target -> what its units read, see `sweeps.plan.images.Data`.
         data: "stand-in" or "real".
         slot: index of the worker on its machine.
         threads: CPU threads of a unit.
@@ -32,7 +32,7 @@ class Assignment:
     storage: str
     folder: str
     data_root: str
-    data_hash: dict[str, str]
+    contents: dict[str, dict[str, Any]]
     data: str
     slot: int
     threads: int

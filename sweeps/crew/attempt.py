@@ -15,10 +15,10 @@ from typing import Any
 from optuna.trial import Trial
 
 from lda.config import Config
-from lda.files import read_json
-from lda.protocols import get_protocol
+from lda.runs import Result, UnitFolder
 from lda.tracking import RunLabels
-from lda.trainer import Progress, TrainingError, run_unit
+from lda.trainer import TrainingError
+from lda.unit import Progress, run_unit
 from sweeps.crew.assignment import Assignment
 from sweeps.crew.post import Post
 from sweeps.list.jobs import Job
@@ -54,16 +54,17 @@ class Attempt:
             config = self._config(target)
             recorded = self._recorded(target, config) or self._run(index, target, config)
             self._scores[target] = float(recorded["score"])
-            self._judge((index + 1) * config.epochs, self._scores)
+            self._judge((index + 1) * config.schedule.epochs, self._scores)
         return statistics.fmean(self._scores.values())
 
     def _config(self, target: str) -> Config:
         """The unit's settings in this process, whose slot has a number of threads and sees one device only."""
         config = self.spec.config(target, self.job.seed, self.job.changes)
-        return config.replace(threads=self.assignment.threads, device=config.device.partition(":")[0])
+        return config.replace(threads=self.assignment.threads, device=config.machine.device.partition(":")[0])
 
     def _unit(self, target: str, config: Config) -> str:
-        return config.unit_hash(self.assignment.data_hash[target])
+        content = self.assignment.contents[target]
+        return config.unit_hash(content["sources"], content["target"])
 
     def _recorded(self, target: str, config: Config) -> dict[str, Any] | None:
         """What an earlier attempt, maybe on another machine, left of this unit in the storage."""
@@ -72,23 +73,23 @@ class Attempt:
 
     def _run(self, index: int, target: str, config: Config) -> dict[str, Any]:
         at = {"trial": self.job.trial, "target": target, "seed": self.job.seed}
-        self.post.say(state="running", **at, epoch=0, epochs=config.epochs)
+        self.post.say(state="running", **at, epoch=0, epochs=config.schedule.epochs)
 
         def on_progress(progress: Progress) -> None:
             self.post.check()
             self.post.say(epoch=progress.epoch, images_per_second=progress.images_per_second)
             if progress.score is not None:
                 self.post.say(score=progress.score)
-                self._judge(index * config.epochs + progress.epoch, {**self._scores, target: progress.score})
+                self._judge(index * config.schedule.epochs + progress.epoch, {**self._scores, target: progress.score})
 
         folder = self.post.folder.unit(self.job.trial, target, self.job.seed)
         unit = self._unit(target, config)
         result = self._finished_elsewhere(folder, unit) or self._train(config, folder, target, on_progress)
         self.post.check()
-        row = {key: result[key] for key in ("unit", "mAP", "rank1", "seconds")}
-        row |= {"score": result["selection"]["score"], "host": platform.node()}
+        row = {"unit": result.unit, "mAP": result.mAP, "rank1": result.rank1, "seconds": result.seconds}
+        row |= {"score": result.selection.score, "host": platform.node()}
         self.post.patiently(lambda: self.trial.set_user_attr(UNIT + target, row))
-        not_used = "" if result["selection"]["rule"] == "oracle" else ", not used"
+        not_used = "" if result.selection.rule == "oracle" else ", not used"
         self.post.event(
             "unit",
             f"{self.job.title} {target} done in {row['seconds']:.0f} s: selection score {row['score']:.1%} "
@@ -96,11 +97,10 @@ class Attempt:
         )
         return row
 
-    def _train(
-        self, config: Config, folder: Path, target: str, on_progress: Callable[[Progress], None]
-    ) -> dict[str, Any]:
+    def _train(self, config: Config, folder: Path, target: str, on_progress: Callable[[Progress], None]) -> Result:
         """Run the unit; on a full disk wait for room and go on from the checkpoint, for no trial is to blame."""
         full = False
+        training = config.training_hash(self.assignment.contents[target]["sources"])
         while True:
             try:
                 return run_unit(
@@ -109,7 +109,7 @@ class Attempt:
                     data_root=Path(self.assignment.data_root),
                     labels=self._labels(target),
                     on_progress=on_progress,
-                    siblings=self._siblings(folder, target),
+                    trained=self.post.folder.trained(training),
                 )
             except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
                 if isinstance(error, TrainingError) or not _disk_full(folder):
@@ -119,12 +119,6 @@ class Attempt:
                 full = True
                 time.sleep(_FULL_DISK_SECONDS)
                 self.post.check()
-
-    def _siblings(self, folder: Path, target: str) -> list[Path]:
-        """Units of this trial that train on the same sources, which Protocol-1's targets share."""
-        sources = get_protocol(self.spec.protocol).sources
-        others = [other for other in self.spec.targets if other != target and sources(other) == sources(target)]
-        return [folder.with_name(unit_name(other, self.job.seed)) for other in others]
 
     def _judge(self, step: int, scores: Mapping[str, float]) -> None:
         """Report where the trial stands; confirmations are never judged."""
@@ -145,14 +139,14 @@ class Attempt:
         defaults = [configuration.units for configuration in known if configuration.params == self.spec.defaults]
         return {target: unit["score"] for units in defaults for target, unit in units.items()}
 
-    def _finished_elsewhere(self, folder: Path, unit: str) -> dict[str, Any] | None:
+    def _finished_elsewhere(self, folder: Path, unit: str) -> Result | None:
         """The result of the same unit in another trial of this study; its folder then stands here as a link."""
         if folder.exists() or (other := self.post.folder.finished_unit(unit)) is None:
             return None
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(os.path.relpath(other, folder.parent), target_is_directory=True)
         self.post.event("unit", f"{folder.parent.name} {folder.name} is {other.parent.name}'s, run before")
-        return read_json(other / "result.json")
+        return Result.read(other)
 
     def _labels(self, target: str) -> RunLabels:
         study, trial = self.assignment.study, self.job.trial
@@ -160,13 +154,13 @@ class Attempt:
             group=f"{study}/{trial}",
             job_type=self.job.job_type,
             name=f"t{trial.removeprefix('trial-')}-{unit_name(target, self.job.seed)}",
-            tags=("stand-in" if self.assignment.data_hash[target] else "real", study, target),
+            tags=(self.assignment.data, study, target),
             folder=self.post.folder.path,
         )
 
 
 def _disk_full(folder: Path) -> bool:
     """Whether there is no room for what a unit writes: one more checkpoint, or 16 MiB before the first."""
-    checkpoint = folder / "checkpoint.pt"
+    checkpoint = UnitFolder(folder).checkpoint
     needed = checkpoint.stat().st_size if checkpoint.exists() else 2**24
     return shutil.disk_usage(folder.parent).free < needed

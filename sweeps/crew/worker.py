@@ -66,7 +66,7 @@ class Worker:
         self.storage = self._connect()
         self.search = self._open(assignment.study, search_budget(self.spec, assignment.until))
         self.confirm: Ledger | None = None
-        self.distributions = distributions(self.spec.search.space)
+        self.distributions = distributions(self.spec.search.space, self.spec.method)
 
     def _connect(self) -> BaseStorage:
         """The study's storage. The coordinator has reached it, so a failure is an outage: to be waited for."""
@@ -79,11 +79,14 @@ class Worker:
                     raise Stopped from None
 
     def _open(self, name: str, budget: Budget) -> Ledger:
+        epochs = self.spec.config(self.spec.targets[0], 0, {}).schedule.epochs
         study = optuna.load_study(
             study_name=name,
             storage=self.storage,
             sampler=build_sampler(self.spec, self.assignment.study, self.assignment.salt),
-            pruner=build_pruner(self.spec.search.pruning, self.spec.config(self.spec.targets[0], 0, {}).epochs),
+            pruner=build_pruner(
+                self.spec.search.pruning, self.spec.config(self.spec.targets[0], 0, {}).schedule.epochs
+            ),
         )
         return Ledger(self.storage, study, budget)
 

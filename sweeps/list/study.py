@@ -58,7 +58,7 @@ def open_search(storage: BaseStorage, name: str, spec: StudySpec, budget: Budget
         study.set_metric_names(["selection score"])
         study.set_user_attr("format", FORMAT)
         study.set_user_attr("spec", to_dict(spec))
-        study.set_user_attr("data_hash", data.hashes)
+        study.set_user_attr("contents", data.contents)
         study.set_user_attr("title", spec.title)
         enqueue_first_points(spec, Ledger(storage, study, budget))
 
@@ -66,7 +66,7 @@ def open_search(storage: BaseStorage, name: str, spec: StudySpec, budget: Budget
     attributes = study.user_attrs
     check_format(attributes.get("format"), f"study {name!r} in its storage")
     check_same(name, from_dict(attributes["spec"]), spec)
-    if attributes["data_hash"] != data.hashes:
+    if attributes["contents"] != data.contents:
         raise UsageError(
             f"the images in {data.root} are not those that study {name!r} was begun with; restore them, or give "
             "another --output"
@@ -165,7 +165,7 @@ def confirm_jobs(spec: StudySpec, known: list[Configuration]) -> list[Job]:
     named = [("defaults", defaults[0])] if defaults else []
     named += [(f"top {rank}", configuration) for rank, configuration in enumerate(best, start=1)]
     jobs = {name: search_job(spec, c.number, c.params) for name, c in named}
-    jobs["baseline"] = Job(BASELINE, "baseline", 0, {"method": "baseline"})
+    jobs["baseline"] = Job(BASELINE, "baseline", 0, {"method": spec.control})
     chosen = [jobs[name] for name in spec.compared(len(known)) if name in jobs]
     return [
         Job(job.trial, job.origin, seed, job.changes, confirms=True) for seed in spec.confirm_seeds for job in chosen

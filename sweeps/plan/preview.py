@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lda.protocols import DATASETS, get_protocol
+from lda.data.catalogue import title
+from lda.protocols import get_protocol
 from sweeps.plan.spec import StudySpec
 
 
@@ -23,11 +24,11 @@ def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: 
         ("data", f"{data}; preset {spec.preset}"),
         (
             "training",
-            f"{config.epochs} epochs of {config.steps_per_epoch} steps, {config.backbone}, "
-            f"{config.image_height} x {config.image_width} pixels",
+            f"{spec.method}, {config.schedule.epochs} epochs of {config.schedule.steps_per_epoch} steps, "
+            f"{config.network.backbone}, {config.batches.image_height} x {config.batches.image_width} pixels",
         ),
         *(
-            ("target", f"{DATASETS[target]} from {', '.join(DATASETS[s] for s in protocol.sources(target))}")
+            ("target", f"{title(target)} from {', '.join(title(s) for s in protocol.sources(target))}")
             for target in spec.targets
         ),
         ("selection", spec.selection),

@@ -177,7 +177,7 @@ class StudySpec:
 
         baseline (unless it is what the study is of), defaults, and top 1 to top N: the best of the others.
         """
-        baseline = [] if self.base.get("method") == "baseline" else ["baseline"]
+        baseline = ["baseline"] if self.control else []
         return [*baseline, "defaults", *(f"top {rank + 1}" for rank in range(min(self.confirm.top, tried - 1)))]
 
     def num_confirmations(self, tried: int) -> int:

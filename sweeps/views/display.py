@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lda.protocols import DATASETS
+from lda.data.catalogue import title
 from sweeps.study_folder import Event, EventKind, StudyFolder
 from sweeps.views.snapshot import Snapshot, WorkerRow
 
@@ -88,7 +88,7 @@ def _cells(row: WorkerRow, grace_seconds: float) -> list[str | Text]:
         row.worker,
         row.device,
         row.trial if running else Text(row.state, style="dim"),
-        DATASETS.get(row.target, row.target) if running else "",
+        title(row.target) if running else "",
         "" if row.seed is None else str(row.seed),
         row.epoch,
         "" if row.score is None else f"{row.score:.1%}",
