@@ -84,9 +84,7 @@ class Worker:
             study_name=name,
             storage=self.storage,
             sampler=build_sampler(self.spec, self.assignment.study, self.assignment.salt),
-            pruner=build_pruner(
-                self.spec.search.pruning, self.spec.config(self.spec.targets[0], 0, {}).schedule.epochs
-            ),
+            pruner=build_pruner(self.spec.search.pruning, epochs),
         )
         return Ledger(self.storage, study, budget)
 
