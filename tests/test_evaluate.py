@@ -76,7 +76,8 @@ def test_every_split_equals_its_own_evaluation(splits: list[EvaluationSet]) -> N
 
 def test_single_shot_lists_are_checked_with_every_evaluation(splits: list[EvaluationSet], tmp_path: Path) -> None:
     """A second match of a query slips into the gallery: mINP is no longer mAP."""
-    wrong = EvaluationSet("prid", splits[0].query, (*splits[0].gallery, ImageRecord(tmp_path / "3_1.png", 0, 1)))
+    gallery = (*splits[0].gallery, ImageRecord(tmp_path / "3_1.png", 0, 1))
+    wrong = EvaluationSet("prid", splits[0].query, gallery, single_shot=True)
     config = preset("standin", method="baseline", threads=1)
     with pytest.raises(RuntimeError, match=r"prid: mINP .* is not mAP"):
         Evaluator([wrong], config, CPU)(build_method(config, [4, 4]))
