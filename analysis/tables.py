@@ -103,7 +103,7 @@ def study_grids(study: Study, table: pd.DataFrame) -> list[Grid]:
     """
     scores = table[table["target"] == AVERAGE]
     notes = [f"Selection score: {'; '.join(f'{row.label} {row.score:.1f}' for row in scores.itertuples())}"]
-    notes += _method_notes(scores)
+    notes += _reconstruction_notes(scores)
     splits = int(table["splits"].max())
     if splits == 1:
         grids = [_results_grid(study, table, "_std", "", notes)]
@@ -112,24 +112,26 @@ def study_grids(study: Study, table: pd.DataFrame) -> list[Grid]:
         grids = [_results_grid(study, table, "_split_std", title, notes)]
         if table["mAP_std"].notna().any():
             grids.append(_results_grid(study, table, "_std", "Mean ± standard deviation over seeds", []))
-    return [*grids, *([_gain_grid(study, table)] if table["mAP_gain"].notna().any() else [])]
+    if table["mAP_gain"].notna().any():
+        grids.append(_gain_grid(study, table))
+    grids[-1].notes.extend(_cost_notes(scores))
+    return grids
 
 
-def _method_notes(rows: pd.DataFrame) -> list[str]:
-    """What is reconstructed, and what a step costs where methods differ in it."""
-    reconstructed = rows[rows["reconstructed"] != ""].drop_duplicates("method")
-    notes = [
-        f"{row.method}, our reading of what is not published: {row.reconstructed}" for row in reconstructed.itertuples()
-    ]
-    if rows["train_passes"].nunique() > 1:
-        # A method whose rows differ among themselves is told apart by their labels.
-        name = "method" if (rows.groupby("method")["train_passes"].nunique() == 1).all() else "label"
-        passes = rows.drop_duplicates([name, "train_passes"]).sort_values(
-            "train_passes", ascending=False, kind="stable"
-        )
-        listed = ", ".join(f"{row['train_passes']:g} ({row[name]})" for _, row in passes.iterrows())
-        notes.append(f"Equal steps, not equal compute: training passes per image {listed}")
-    return notes
+def _reconstruction_notes(rows: pd.DataFrame) -> list[str]:
+    methods = rows[rows["reconstructed"] != ""].drop_duplicates("method").itertuples()
+    return [f"{row.method}, our reading of what is not published: {row.reconstructed}" for row in methods]
+
+
+def _cost_notes(rows: pd.DataFrame) -> list[str]:
+    """What a training image costs, where that differs."""
+    if rows["train_passes"].nunique() == 1:
+        return []
+    # A method whose rows differ among themselves is told apart by their labels.
+    name = "method" if (rows.groupby("method")["train_passes"].nunique() == 1).all() else "label"
+    passes = rows.drop_duplicates([name, "train_passes"]).sort_values("train_passes", ascending=False, kind="stable")
+    listed = ", ".join(f"{row['train_passes']:g} ({row[name]})" for _, row in passes.iterrows())
+    return [f"Equal steps, not equal compute: training passes per image {listed}"]
 
 
 def _results_grid(study: Study, table: pd.DataFrame, spread: str, title: str, notes: list[str]) -> Grid:

@@ -27,9 +27,8 @@ from analysis.bank_numbers import (
     read_bank,
 )
 from analysis.buffer_bank import bank_figure, distance_figure, draw_curves, draw_distances, open_source
-from analysis.house_style import colour, marker, new_figure, save
+from analysis.house_style import new_figure, save
 from lda.errors import UsageError
-from lda.protocols import DATASETS
 
 ROOT = Path(__file__).parent.parent
 DOMAINS = ("market1501", "cuhk02", "cuhk03", "cuhk_sysu")
@@ -262,13 +261,6 @@ def test_a_study_without_banks_is_explained(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(UsageError, match=r"holds no buffer_bank\.npz yet"):
         open_source(folder)
-
-
-def test_an_eleventh_data_set_has_a_look_too() -> None:
-    looks = {(colour("none of ours", place), marker("none of ours", place)) for place in range(10)}
-    assert len(looks) == len({look[0] for look in looks}) == len({look[1] for look in looks}) == 10
-    assert colour("none of ours", 10) == colour("none of ours", 0)
-    assert {colour(name, 3) for name in DATASETS} <= {look[0] for look in looks}
 
 
 def test_the_command_writes_figures_and_numbers(tmp_path: Path) -> None:

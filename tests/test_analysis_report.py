@@ -212,6 +212,15 @@ def test_the_page_says_what_it_shows(study: Study) -> None:
     assert "$" not in re.sub(r"<script>.*</script>", "", text, flags=re.DOTALL)
 
 
+def test_the_page_marks_what_a_method_is(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", method="mda", reconstructed="the latent mode", target_data=True)
+    text = report.page(load_study(folder), [], date(2026, 1, 2))
+    assert "every method LOOKED AT unlabelled images of the target" in text
+    assert "MDA [reconstruction, target images], our reading of what is not published: the latent mode" in text
+    assert text.count("<td>MDA [reconstruction, target images]</td>") == 9  # units
+    assert report.pictures(load_study(folder))[-1].name == "training"  # no bank to show
+
+
 def test_every_figure_says_stand_in(study: Study) -> None:
     for picture in report.pictures(study):
         title = picture.figure.get_suptitle()
