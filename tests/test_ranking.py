@@ -521,6 +521,15 @@ def test_a_tie_is_absolute() -> None:
     assert rank_blocks(of_matrix(torch.zeros_like(matrix)), **ids).mAP < expected.mAP
 
 
+def test_a_tie_reaches_single_gallery_shots() -> None:
+    """Nine persons with an image each, the match a little ahead of all: behind all where the tie is wider than that."""
+    ids = {"query_pids": [0], "query_camids": [0], "gallery_pids": list(range(9)), "gallery_camids": [1] * 9}
+    scores = of_matrix(torch.tensor([[1.0] + [0.0] * 8]))
+    for tie, rank in ((0.9, 1), (1.1, 9)):
+        cmc = rank_blocks(scores, **ids, single_gallery_shot=True, tie=tie).cmc
+        assert cmc == tuple(float(k >= rank) for k in range(1, MAX_RANK + 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_scores_are_ranked_in_float32(dtype: torch.dtype) -> None:
     """In half precision a limit of score + 0.7 spacings would round to the next score and tie with it."""
@@ -626,6 +635,9 @@ def test_a_matcher_on_maps_against_explicit_loops() -> None:
         assert_same(rank_encodings(scorer, **case, chunk=chunk), expected)
     half = {part: case[part].half() for part in ("query", "gallery")}
     assert_same(rank_encodings(MapMatcher(50), **{**case, **half}), expected)
+    scorer = MapMatcher(50)
+    scorer.tie = 3.0
+    assert_same(rank_encodings(scorer, **case), naive_from_scores(rows, **ids, tie=3.0))
 
 
 @pytest.mark.parametrize(("pairs", "chunk"), [(1, 256), (9, 4), (64, 256), (200, 10), (2000, 20)])
