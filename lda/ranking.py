@@ -317,8 +317,8 @@ def _distance(scores: Scores, rows: slice, blocks: list[slice]) -> Tensor:
     for columns in blocks:
         block = scores(rows, columns)
         _check_block(block, rows, columns)
-        parts.append(_at_least_single(block))
-    return torch.cat(parts, 1).neg_()
+        parts.append((-_at_least_single(block)).contiguous())  # a transposed block would stay transposed
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class _Tally:

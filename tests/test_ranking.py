@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,23 +13,54 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lda.errors import UsageError
-from lda.ranking import MAX_RANK, SHOT_DRAWS, TIE, RankingResult, _Shots, evaluate_ranking
+from lda.ranking import (
+    MAX_RANK,
+    SHOT_DRAWS,
+    TIE,
+    CosineScorer,
+    RankingResult,
+    Scorer,
+    Scores,
+    _Shots,
+    evaluate_ranking,
+    rank_blocks,
+    rank_encodings,
+)
 
 # All permutations have the same norm, so their cosines tie exactly when their integer products do.
 PERMUTATIONS = np.array(list(itertools.permutations((1, 2, 3, 5))))
 
 
 def naive(case: dict[str, Any], ap: str = "step", camera_rule: bool = True) -> RankingResult:
-    """One query at a time, whole gallery sorted by exact integer similarity, ties against the query."""
+    """By exact integer similarity of the features."""
+    ids = {key: value for key, value in case.items() if key not in ("query", "gallery")}
+    rows = [
+        [sum(int(a) * int(b) for a, b in zip(feature, other, strict=True)) for other in case["gallery"].tolist()]
+        for feature in case["query"].tolist()
+    ]
+    return naive_from_scores(rows, **ids, ap=ap, camera_rule=camera_rule)
+
+
+def naive_from_scores(
+    rows: list[list[Any]],
+    query_pids: Any,
+    gallery_pids: Any,
+    query_camids: Any,
+    gallery_camids: Any,
+    ap: str = "step",
+    camera_rule: bool = True,
+    tie: float = 0.0,
+) -> RankingResult:
+    """One query at a time, whole gallery sorted by its scores, ties against the query."""
     precisions, penalties, firsts = [], [], []
-    gallery = list(zip(case["gallery"].tolist(), case["gallery_pids"], case["gallery_camids"], strict=True))
-    for feature, pid, camid in zip(case["query"].tolist(), case["query_pids"], case["query_camids"], strict=True):
+    gallery = list(zip(gallery_pids, gallery_camids, strict=True))
+    for scores, pid, camid in zip(rows, query_pids, query_camids, strict=True):
         kept = []
-        for other, other_pid, other_camid in gallery:
+        for score, (other_pid, other_camid) in zip(scores, gallery, strict=True):
             if other_pid == -1 or (camera_rule and other_pid == pid and other_camid == camid):
                 continue
-            similarity = sum(int(a) * int(b) for a, b in zip(feature, other, strict=True))
-            kept.append((-similarity, other_pid == pid))
+            match = other_pid == pid
+            kept.append((-score + tie if match else -score, match))
         kept.sort()  # False before True: a non-match of equal similarity comes first
         ranks = [rank for rank, (_, match) in enumerate(kept, start=1) if match]
         if not ranks:
@@ -410,3 +441,298 @@ def test_single_gallery_shot_with_nothing_to_draw_is_the_usual_cmc() -> None:
     case |= {"gallery_pids": torch.arange(20), "query_pids": torch.arange(20).flip(0)}
     case |= {"query_camids": torch.zeros(20), "gallery_camids": torch.ones(20)}
     assert evaluate_ranking(**case, single_gallery_shot=True) == evaluate_ranking(**case)
+
+
+# --- Scores of any kind, block by block ------------------------------------------------------------------------------
+
+
+def of_matrix(matrix: Tensor) -> Scores:
+    return lambda rows, columns: matrix[rows, columns]
+
+
+def score_case(seed: int, levels: int = 40) -> tuple[Tensor, dict[str, Any]]:
+    """Whole-numbered scores without structure, so with ties, and ids as in `random_case`."""
+    ids = {key: value for key, value in random_case(seed).items() if key not in ("query", "gallery")}
+    rng = np.random.default_rng(seed)
+    shape = (len(ids["query_pids"]), len(ids["gallery_pids"]))
+    return torch.tensor(rng.integers(-levels, levels, size=shape), dtype=torch.float32), ids
+
+
+@pytest.mark.parametrize("ap", ["step", "trapezoid"])
+@pytest.mark.parametrize("camera_rule", [True, False])
+@pytest.mark.parametrize("tie", [0.0, 2.0, 2.5])
+def test_blocks_of_scores_against_naive_sort(ap: str, camera_rule: bool, tie: float) -> None:
+    checked = 0
+    for seed in range(60):
+        matrix, ids = score_case(seed)
+        before = matrix.clone()
+        options: dict[str, Any] = {"ap": ap, "camera_rule": camera_rule, "tie": tie}
+        try:
+            expected = naive_from_scores(matrix.tolist(), **ids, **options)
+        except ZeroDivisionError:
+            with pytest.raises(UsageError, match="no query can be evaluated"):
+                rank_blocks(of_matrix(matrix), **ids, **options)
+            continue
+        for chunk, gallery_chunk in ((1, 1), (3, 7), (256, 64), (256, None)):
+            result = rank_blocks(of_matrix(matrix), **ids, **options, chunk=chunk, gallery_chunk=gallery_chunk)
+            assert_same(result, expected)
+        assert torch.equal(matrix, before)  # the blocks are the scorer's own
+        checked += 1
+    assert checked > 40
+
+
+def test_the_score_of_query_and_gallery_is_not_that_of_gallery_and_query() -> None:
+    """Same images on both sides, a score that is not symmetric: rows are queries."""
+    generator = torch.Generator().manual_seed(2)
+    matrix = torch.randn(60, 60, generator=generator)
+    pids, camids = (torch.randint(n, (60,), generator=generator).tolist() for n in (8, 3))
+    ids = dict.fromkeys(("query_pids", "gallery_pids"), pids) | dict.fromkeys(
+        ("query_camids", "gallery_camids"), camids
+    )
+    result = rank_blocks(of_matrix(matrix), **ids, chunk=7, gallery_chunk=11)
+    assert_same(result, naive_from_scores(matrix.tolist(), **ids))
+    assert result.mAP != pytest.approx(rank_blocks(of_matrix(matrix.T), **ids).mAP, abs=1e-3)
+
+
+def test_every_pair_is_asked_for_once_in_blocks_no_larger_than_allowed() -> None:
+    matrix, ids = torch.randn(23, 50), {"query_pids": [1] * 23, "query_camids": [0] * 23}
+    ids |= {"gallery_pids": [1, -1] * 25, "gallery_camids": [1] * 50}
+    asked = torch.zeros(23, 50)
+
+    def scores(rows: slice, columns: slice) -> Tensor:
+        asked[rows, columns] += 1
+        assert (rows.stop - rows.start) <= 5
+        assert (columns.stop - columns.start) <= 8
+        return matrix[rows, columns]
+
+    rank_blocks(scores, **ids, chunk=5, gallery_chunk=8)
+    assert (asked == 1).all()
+
+
+def test_a_tie_is_absolute() -> None:
+    """An offset of all scores changes nothing, a scale does, and without a tie neither does."""
+    matrix, ids = score_case(7)
+    expected = rank_blocks(of_matrix(matrix), **ids, tie=2.0)
+    assert rank_blocks(of_matrix(matrix + 1000), **ids, tie=2.0) == expected
+    assert rank_blocks(of_matrix(matrix * 4), **ids, tie=2.0) != expected
+    assert rank_blocks(of_matrix(matrix * 4), **ids, tie=8.0) == expected
+    assert rank_blocks(of_matrix(matrix * 4 + 1000), **ids) == rank_blocks(of_matrix(matrix), **ids)
+    # A network that says nothing scores worst whatever the tie.
+    assert rank_blocks(of_matrix(torch.zeros_like(matrix)), **ids).mAP < expected.mAP
+
+
+def test_a_tie_reaches_single_gallery_shots() -> None:
+    """Nine persons with an image each, the match a little ahead of all: behind all where the tie is wider than that."""
+    ids = {"query_pids": [0], "query_camids": [0], "gallery_pids": list(range(9)), "gallery_camids": [1] * 9}
+    scores = of_matrix(torch.tensor([[1.0] + [0.0] * 8]))
+    for tie, rank in ((0.9, 1), (1.1, 9)):
+        cmc = rank_blocks(scores, **ids, single_gallery_shot=True, tie=tie).cmc
+        assert cmc == tuple(float(k >= rank) for k in range(1, MAX_RANK + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_scores_are_ranked_in_float32(dtype: torch.dtype) -> None:
+    """In half precision a limit of score + 0.7 spacings would round to the next score and tie with it."""
+    matrix, ids = score_case(5)
+    spacing = 256 * torch.finfo(dtype).eps
+    half = (256 + matrix.abs() * spacing).to(dtype)
+    expected = naive_from_scores(half.tolist(), **ids, tie=0.7 * spacing)
+    assert_same(rank_blocks(of_matrix(half), **ids, tie=0.7 * spacing), expected)
+    assert_same(rank_blocks(of_matrix(half), **ids), expected)
+
+
+def test_cosine_is_the_same_through_every_door() -> None:
+    for case in (gaussian_case(3), gaussian_case(4, num_query=300, num_gallery=500, size=64)):
+        unit = {part: torch.nn.functional.normalize(case.pop(part), dim=1) for part in ("query", "gallery")}
+        features = evaluate_ranking(**unit, **case)
+        assert rank_encodings(CosineScorer(), **unit, **case) == features
+        cosine = {part: torch.nn.functional.normalize(x, dim=1) for part, x in unit.items()}
+        blocks = rank_blocks(lambda q, g, x=cosine: x["query"][q] @ x["gallery"][g].T, **case, tie=TIE)
+        assert blocks == features
+
+
+def test_single_gallery_shot_of_blocks_is_that_of_vectors() -> None:
+    case = shot_case()
+    case["query_pids"], case["query_camids"] = [9, *case["query_pids"]], [0, *case["query_camids"]]  # a chunk of nobody
+    case["query"] = torch.cat([torch.ones(1, 3, dtype=torch.float64), case["query"]])
+    expected = evaluate_ranking(**case, single_gallery_shot=True)
+    query, gallery = (torch.nn.functional.normalize(case.pop(part), dim=1) for part in ("query", "gallery"))
+    for chunk, gallery_chunk in ((1, 1), (5, 4), (256, None)):
+        result = rank_blocks(
+            of_matrix(query @ gallery.T), **case,
+            single_gallery_shot=True, chunk=chunk, gallery_chunk=gallery_chunk, tie=TIE,
+        )  # fmt: skip
+        assert result.cmc == expected.cmc
+
+
+def test_a_scorer_is_spared_autocast_and_gradients() -> None:
+    case = gaussian_case(12, num_query=50, num_gallery=60, size=64)
+    query, gallery = (case.pop(part).requires_grad_() for part in ("query", "gallery"))
+    seen = []
+
+    def scores(rows: slice, columns: slice) -> Tensor:
+        block = query[rows] @ gallery[columns].T
+        seen.append((block.dtype, block.requires_grad))
+        return block
+
+    expected = rank_blocks(scores, **case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert rank_blocks(scores, **case) == expected
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [(torch.float32, False)] * 2
+
+
+class MapMatcher:
+    """Toy of a matcher on maps: every position looks for its best partner in the other map, one weight a position.
+
+    Encodings (N, channels, height, width), r = height * width positions; whole numbers keep every sum exact.
+    """
+
+    tie = 0.0
+    adds_flip = False
+    pair_cost: int | None = 3 * 4 * 4
+
+    def __init__(self, pairs_per_block: int | None) -> None:
+        self.pairs_per_block = pairs_per_block
+        self.asked: list[tuple[int, int]] = []
+        self.weight = torch.tensor([[1.0, 2.0, 0.0, 1.0], [2.0, 1.0, 1.0, 3.0]], requires_grad=True)
+
+    def prepare(self, encodings: Tensor) -> Tensor:
+        return encodings.flatten(2).float()
+
+    def scores(self, query: Tensor, gallery: Tensor) -> Tensor:
+        self.asked.append((len(query), len(gallery)))
+        similarity = torch.einsum("qcs,gct->qgst", query, gallery)
+        return similarity.amax(3) @ self.weight[0] + similarity.amax(2) @ self.weight[1]
+
+
+def map_case(seed: int, num_query: int = 13, num_gallery: int = 40) -> dict[str, Any]:
+    case = gaussian_case(seed, num_query, num_gallery)
+    for part in ("query", "gallery"):
+        maps = torch.randint(-4, 5, (len(case[part]), 3, 2, 2), generator=torch.Generator().manual_seed(seed + 1))
+        case[part] = maps.float()
+    for key in ("query_pids", "gallery_pids", "query_camids", "gallery_camids"):
+        case[key] = (case[key] % 5).tolist()
+    case["gallery_pids"][::9] = [-1] * len(case["gallery_pids"][::9])
+    return case
+
+
+def test_a_matcher_on_maps_against_explicit_loops() -> None:
+    case = map_case(1)
+    (w_query, w_gallery), query, gallery = MapMatcher(None).weight.tolist(), case["query"], case["gallery"]
+    rows = []
+    for a in query.flatten(2).transpose(1, 2).tolist():
+        rows.append([])
+        for b in gallery.flatten(2).transpose(1, 2).tolist():
+            pairs = [[sum(x * y for x, y in zip(s, t, strict=True)) for t in b] for s in a]
+            score = sum(w * max(row) for w, row in zip(w_query, pairs, strict=True))
+            score += sum(w * max(column) for w, column in zip(w_gallery, zip(*pairs, strict=True), strict=True))
+            rows[-1].append(score)
+    ids = {key: value for key, value in case.items() if key not in ("query", "gallery")}
+    expected = naive_from_scores(rows, **ids)
+    for pairs, chunk in ((None, 256), (1, 256), (7, 3), (100, 5), (10_000, 4)):
+        scorer: Scorer = MapMatcher(pairs)
+        assert_same(rank_encodings(scorer, **case, chunk=chunk), expected)
+    half = {part: case[part].half() for part in ("query", "gallery")}
+    assert_same(rank_encodings(MapMatcher(50), **{**case, **half}), expected)
+    scorer = MapMatcher(50)
+    scorer.tie = 3.0
+    assert_same(rank_encodings(scorer, **case), naive_from_scores(rows, **ids, tie=3.0))
+
+
+@pytest.mark.parametrize(("pairs", "chunk"), [(1, 256), (9, 4), (64, 256), (200, 10), (2000, 20)])
+def test_memory_of_a_matcher_is_bounded_by_its_block(pairs: int, chunk: int) -> None:
+    case = map_case(2, num_query=60, num_gallery=90)
+    scorer = MapMatcher(pairs)
+    with LargestTensor() as largest:
+        rank_encodings(scorer, **case, chunk=chunk)
+    assert max(q * g for q, g in scorer.asked) <= pairs
+    assert sum(q * g for q, g in scorer.asked) == 60 * 80  # junk is not compared
+    assert max(q for q, _ in scorer.asked) <= chunk
+    maps = 90 * 3 * 4
+    assert largest.elements <= max(maps, chunk * 90, 4 * 4 * pairs)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda block: block.numpy(),
+            r"queries 0:20 and gallery images 0:50: expected a tensor .*\(20, 50\), got ndarray",
+        ),
+        (
+            lambda block: block.T,
+            r"queries 0:20 and gallery images 0:50: expected floats of shape \(20, 50\), got .*50, 20",
+        ),
+        (lambda block: block[:, :1], r"expected floats of shape \(20, 50\), got torch.float32 of shape \(20, 1\)"),
+        (lambda block: block.long(), r"expected floats of shape \(20, 50\), got torch.int64"),
+        (lambda block: block / 0, r"queries 0:20 and gallery images 0:50: 1000 of 1000 scores are not finite"),
+        (lambda block: block.half() * 1e9, r"scores are not finite \(NaN or inf\)"),
+    ],
+)
+def test_a_bad_block_gets_one_line(spoil: Callable[[Tensor], Any], message: str) -> None:
+    case = gaussian_case(0)
+    matrix = 1 + (case.pop("query") @ case.pop("gallery").T).abs()
+    with pytest.raises(UsageError, match=message) as raised:
+        rank_blocks(lambda q, g: spoil(matrix[q, g]), **case, chunk=20, gallery_chunk=50)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_score_that_is_not_finite_is_found_where_it_is(value: float) -> None:
+    case = gaussian_case(0)
+    matrix = case.pop("query") @ case.pop("gallery").T
+    matrix[33, 149] = value
+    with pytest.raises(UsageError, match=r"queries 20:40 and gallery images 100:150: 1 of 1000 scores are not finite"):
+        rank_blocks(of_matrix(matrix), **case, chunk=20, gallery_chunk=50)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query_pids": 3}, r"query_pids: expected a list of ids, one per image, got shape \(\)"),
+        ({"query_camids": [1]}, r"query_camids: expected 40 ids, one per image, got shape \(1,\)"),
+        ({"gallery_camids": [1]}, r"gallery_camids: expected 150 ids"),
+        ({"ap": "steps"}, "unknown average precision 'steps'"),
+        ({"chunk": 0}, "chunk: expected at least 1 query, got 0"),
+        ({"gallery_chunk": 0}, "gallery_chunk: expected at least 1 gallery image, or None for all, got 0"),
+        ({"tie": -1e-6}, "tie: expected a finite difference of scores, 0 or larger, got -1e-06"),
+        ({"tie": float("nan")}, "tie: expected a finite"),
+        ({"gallery_pids": [], "gallery_camids": []}, "no query can be evaluated: 0 of 40"),
+        ({"gallery_pids": [-1] * 150}, "no query can be evaluated: 0 of 40"),
+    ],
+)
+def test_wrong_ids_and_options_of_blocks_get_one_line(change: dict[str, Any], message: str) -> None:
+    case = gaussian_case(0)
+    matrix = case.pop("query") @ case.pop("gallery").T
+    with pytest.raises(UsageError, match=message) as raised:
+        rank_blocks(of_matrix(matrix), **{**case, **change})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "change", "message"),
+    [
+        (CosineScorer(), {}, r"cosine similarity: expected \(N, D\) features, got shape \(40, 3, 2, 2\)"),
+        (MapMatcher(0), {}, "pairs_per_block of MapMatcher: expected at least 1 pair, got 0"),
+        (MapMatcher(9), {"query": torch.ones(13, 3, 1, 2)}, "query has 3 x 1 x 2, gallery has 3 x 2 x 2"),
+        (MapMatcher(9), {"gallery": torch.full((40, 3, 2, 2), torch.inf)}, "gallery: 40 of 40 features are not finite"),
+    ],
+)
+def test_encodings_that_do_not_fit_get_one_line(scorer: Scorer, change: dict[str, Any], message: str) -> None:
+    case = {**map_case(1), **change}
+    case["gallery_pids"] = [pid % 5 for pid in case["gallery_pids"]]  # no junk: all 40 are seen
+    with pytest.raises(UsageError, match=message) as raised:
+        rank_encodings(scorer, **case)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_scores_are_ranked_on_their_device_whatever_holds_the_ids() -> None:
+    matrix, ids = score_case(7)
+    for options in ({}, {"single_gallery_shot": True}):
+        expected = rank_blocks(of_matrix(matrix), **ids, **options)
+        assert_same(rank_blocks(of_matrix(matrix.cuda()), **ids, **options, chunk=3, gallery_chunk=7), expected)
+    case = map_case(1)
+    on_gpu = {**case, "query_pids": torch.tensor(case["query_pids"]).cuda()}
+    assert_same(rank_encodings(MapMatcher(50), **on_gpu), rank_encodings(MapMatcher(50), **case))
