@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
-import lda.data.sets
 from lda.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from lda.data.options import DataOptions
     from lda.data.records import ReidDataset
     from lda.data.survey import Survey
+
+_SETS = "lda.data.sets"
 
 Role = Literal["files", "extent", "division"]
 """What an option of a data set chooses.
@@ -75,7 +76,7 @@ def find(name: str) -> SetFile:
     """A data set's file. Raises UsageError naming the nearest if there is none, or if it lacks `FACTS` or `read`."""
     if name not in _files():
         raise UsageError(unknown("data set", name, names()))
-    module = importlib.import_module(f"{lda.data.sets.__name__}.{name}")
+    module = importlib.import_module(f"{_SETS}.{name}")
     for part in ("FACTS", "read"):
         if not hasattr(module, part):
             raise UsageError(f"{module.__file__}: a data set's file needs {part}, see lda/data/catalogue.py")
@@ -93,4 +94,4 @@ def title(name: str) -> str:
 
 
 def _files() -> list[str]:
-    return [file.name for file in pkgutil.iter_modules(lda.data.sets.__path__)]
+    return [file.name for file in pkgutil.iter_modules(importlib.import_module(_SETS).__path__)]
