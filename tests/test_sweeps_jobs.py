@@ -156,3 +156,12 @@ def test_ties_go_to_the_earlier_trial(spec: StudySpec) -> None:
         study.tell(study.ask(distributions(spec.search.space)), 0.5)
     known = [Configuration((trial,)) for trial in study.get_trials()]
     assert [configuration.number for configuration in best_configurations(spec, known, 2)] == [0, 1]
+
+
+def test_what_is_put_on_the_list_is_known_before_it_is_begun(spec: StudySpec) -> None:
+    """Optuna keeps the parameters of a waiting trial under a private name: another one, and this fails."""
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial(spec.defaults)
+    (waiting,) = study.get_trials()
+    assert waiting.params == {}
+    assert Configuration((waiting,)).params == spec.defaults

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lda.errors import UsageError
 from sweeps.crew import slots as devices
-from sweeps.crew.assignment import Assignment
+from sweeps.crew.assignment import Assignment, End
 from sweeps.crew.processes import StudyError, WorkerPool
 from sweeps.crew.slots import Slot, plan_slots
 from sweeps.study_folder import StudyFolder
@@ -59,22 +62,94 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert devices.gpus() == []
 
 
-def test_workers_that_die_before_they_begin_end_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = StudyFolder(tmp_path)
-    folder.workers.mkdir()
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+def nothing(slot: Slot, incarnation: int) -> Assignment:
+    return Assignment("s", {}, "", "", "", {}, "real", slot.index, 1, "", None)
 
-    def nothing(slot: Slot, incarnation: int) -> Assignment:
-        return Assignment("s", {}, "", str(tmp_path), "", {}, "real", slot.index, 1, "", None)
 
+def supervised(folder: StudyFolder, attempts: Iterator[int]) -> None:
+    """A pool of one slot until it raises or `attempts` (those begun so far, at every look) run out."""
+    folder.workers.mkdir(parents=True)
     pool = WorkerPool([Slot(0, "", 1)], folder, nothing)
-
-    def supervise() -> None:
-        while True:
-            pool.supervise(attempts=0)
+    try:
+        for begun in attempts:
+            pool.supervise(begun)
             time.sleep(0.05)
+    finally:
+        pool.stop()
 
+
+def test_workers_that_die_before_they_begin_end_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(StudyError, match="workers die before they begin: the last one ended with exit code 1"):
-        supervise()
-    pool.stop()
+        supervised(StudyFolder(tmp_path), itertools.repeat(0))
     assert "worker 0 ended with exit code 1; starting it again" in (tmp_path / "events.jsonl").read_text()
+
+
+def ending(folder: Path, body: str) -> str:
+    """A program that stands in for Python, and so for the worker: it runs `body` whatever it is asked to."""
+    program = folder / "python"
+    program.write_text(f"#!{sys.executable}\nimport os, signal, sys\nfrom sweeps.crew.assignment import End\n{body}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_a_worker_that_cannot_use_the_data_says_so_whatever_comes_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message was the last line of the log: a warning that came later took its place."""
+    body = """End("unusable", "error: no such data").send(sys.stdout.buffer)
+print("a late warning", file=sys.stderr)
+sys.exit(2)"""
+    monkeypatch.setattr(sys, "executable", ending(tmp_path, body))
+    with pytest.raises(UsageError) as error:
+        supervised(StudyFolder(tmp_path / "study"), itertools.repeat(0))
+    assert str(error.value) == "error: no such data"
+    assert "a late warning" in next((tmp_path / "study" / "workers").glob("*.log")).read_text()
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ('End("failed", "ValueError: bad luck").send(sys.stdout.buffer); sys.exit(1)', "failed: ValueError: bad luck"),
+        ('print("noise"); sys.exit(1)', "ended with exit code 1"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was killed by signal 9"),
+        ("os._exit(75)", "lost touch with the storage"),
+        ('End("failed", "x" * 10**6).send(sys.stdout.buffer); sys.exit(1)', "failed: xxx"),
+    ],
+    ids=["failed", "noise", "killed", "fenced", "long"],
+)
+def test_how_a_worker_ended_is_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, told: str) -> None:
+    monkeypatch.setattr(sys, "executable", ending(tmp_path, body))
+    folder = StudyFolder(tmp_path / "study")
+    supervised(folder, itertools.takewhile(lambda _: not folder.events()[0], itertools.count()))
+    event = folder.events()[0][0]
+    assert event.kind == "worker"
+    assert event.text.startswith(f"worker 0 {told}")
+    assert event.text.endswith("; starting it again")
+
+
+_PRINTS = """
+import json, sys, threading
+from sweeps.crew import worker
+class Failing:
+    def __init__(self, assignment, stop):
+        print("printed by a library")
+    def run(self):
+        raise ValueError("two\\nlines")
+worker.Worker = Failing
+sys.exit(worker.main())
+"""
+
+
+def test_a_worker_has_its_stdout_for_its_last_word_alone(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _PRINTS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    nothing(Slot(0, "", 1), 0).send(process.stdin)
+    said, log = process.communicate()
+    assert process.returncode == 1
+    assert End.receive(said) == End("failed", "ValueError: two")
+    assert said.count(b"\n") == 1
+    assert b"printed by a library" in log
+    assert b"Traceback" in log

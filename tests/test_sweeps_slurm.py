@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from studies import Command, no_leftovers
+from studies import REPOSITORY, Command, no_leftovers, wait_for
 
 from lda.errors import UsageError
 from sweeps.slurm import main, slurm_options
@@ -33,6 +38,41 @@ def test_a_password_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "put the URL into LDA_STORAGE" in (told := capsys.readouterr().err)
     assert "s3cret" not in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_it_waits_ends_with_130(tmp_path: Path, standin_tiny: Path) -> None:
+    """The tasks are the cluster's by then: here they are ended by hand."""
+    Command(tmp_path, standin_tiny, base={"steps_per_epoch": 10**6})
+    run = ["--study", "mine.yaml", "--data-root", str(standin_tiny), "--workers", "1", "--output", str(tmp_path)]
+    logs = ["--cluster", "local", "--tasks", "1", "--wait", "--logs", str(tmp_path / "logs")]
+    with (tmp_path / "output.txt").open("w") as output:  # no pipe: the tasks would hold its other end
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sweeps.slurm", *logs, "--", *run],
+            stdout=output, stderr=output, cwd=tmp_path, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )  # fmt: skip
+    try:
+        wait_for(lambda: "1 tasks submitted" in (tmp_path / "output.txt").read_text(), process=process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert "Traceback" not in (tmp_path / "output.txt").read_text()
+    finally:
+        process.kill()
+        while tasks := _of(tmp_path):
+            for pid in tasks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+
+
+def _of(folder: Path) -> list[int]:
+    """Processes that name the folder in their command line, and have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if str(folder).encode() in (path / "cmdline").read_bytes() and int(path.name) != os.getpid():
+                found.append(int(path.name))
+    return found
 
 
 @pytest.mark.slow

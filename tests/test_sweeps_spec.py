@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from sweeps.plan.spec import (
     STUDIES,
     StudySpec,
     differences,
+    flat,
     from_dict,
+    from_flat,
     load,
     resolve,
     same_study,
@@ -184,6 +187,17 @@ def test_first_points(tmp_path: Path) -> None:
     assert points[0] == {"bank_momentum": 0.9, "donor": "uniform"}
     assert points[1] == {"bank_momentum": 0.9, "donor": "round_robin"}  # a key left out takes its default
     assert len(points) == 4  # the grid, nothing twice
+
+
+def test_a_study_file_comes_back_from_study_json(tmp_path: Path) -> None:
+    """study.json holds every key once, beside what else it says."""
+    space = {"bank_momentum": {"choices": [0.5, 0.9]}, "gem_p": {"low": 1.0, "high": 5.0, "step": 1.0}}
+    changed = search(space=space, sampler="grid", hours=2, device_hours=3.5, retries=1, enqueue=[{"gem_p": 2.0}])
+    spec = read(write(tmp_path, search=changed, base={"epochs": 2}), seed=3)
+    content = json.loads(json.dumps(flat(spec)))
+    assert from_flat({**content, "format": 2, "command": "python sweeps/run.py"}) == spec
+    assert content["budget"] == {"trials": 3, "hours": 2.0, "device_hours": 3.5, "retries": 1}
+    assert "search" not in content
 
 
 def test_what_may_change_while_a_study_lasts(tmp_path: Path) -> None:

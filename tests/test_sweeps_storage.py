@@ -13,8 +13,12 @@ from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 
 from lda.errors import UsageError
+from lda.files import write_json
 from sweeps.list.storage import has_password, masked, open_storage, patiently, storage_url, turn
-from sweeps.list.study import create_or_load
+from sweeps.list.study import create_or_load, open_search, running_study, search_budget
+from sweeps.plan.images import Data
+from sweeps.plan.spec import load, resolve, study_file, to_dict
+from sweeps.study_folder import StudyFolder
 
 
 def test_urls(tmp_path: Path) -> None:
@@ -129,3 +133,35 @@ def test_a_fresh_database_opened_by_four_processes_at_once(tmp_path: Path) -> No
     printed = [process.communicate("\n")[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * 4
     assert sorted(printed) == ["", "", "", "prepared\n"]
+
+
+def test_a_study_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    spec = resolve(load(study_file("smoke")), study_file("smoke"))
+    url, data = storage_url(None, tmp_path), Data(tmp_path, {})
+    study = create_or_load(open_storage(url, 1, 3), "s", lambda study: study.set_user_attr("spec", to_dict(spec)))[0]
+    with pytest.raises(UsageError, match=r"study 's' in sqlite:.* was made by an older version of this project"):
+        running_study("s", url, tmp_path)
+    with pytest.raises(UsageError, match="study 's' in its storage was made by an older version"):
+        open_search(open_storage(url, 1, 3), "s", spec, search_budget(spec), data)
+    study.set_user_attr("format", 3)
+    with pytest.raises(UsageError, match=r"was made by another version \(format 3, this one's is 2\)"):
+        running_study("s", url, tmp_path)
+    assert study.get_trials() == []
+
+
+def test_a_study_that_is_being_set_up_is_no_older_one(tmp_path: Path) -> None:
+    url = storage_url(None, tmp_path)
+    create_or_load(open_storage(url, 1, 3), "s", lambda study: None)
+    with pytest.raises(UsageError, match="study 's' is still being set up, try again in a moment"):
+        running_study("s", url, tmp_path)
+
+
+def test_a_folder_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "s")
+    assert folder.read_study() is None
+    folder.write_study({"study": "s"})
+    assert folder.read_study() == {"format": 2, "study": "s"}
+    write_json(tmp_path / "s" / "study.json", {"study": "s", "spec": {}})
+    with pytest.raises(UsageError) as error:
+        folder.read_study()
+    assert str(error.value).startswith(f"{tmp_path}/s/study.json was made by an older version of this project")
