@@ -16,7 +16,7 @@ from sweeps.list.storage import open_storage, storage_url
 from sweeps.list.study import create_or_load
 from sweeps.plan.space import Axis, distributions
 
-SPACE = distributions({"bank_momentum": Axis(low=0.5, high=0.99)})
+SPACE = distributions({"bank_momentum": Axis(low=0.5, high=0.99)}, "lda")
 
 
 @pytest.fixture(params=["sqlite", "journal"])
