@@ -102,7 +102,7 @@ def test_a_mixed_step_is_the_mean_of_steps_of_one_domain() -> None:
     """The identity loss by hand from passes of one domain; triplets over all features."""
     method = dsbn(triplet_weight=0.7)
     reference = copy.deepcopy(method)
-    batch = batch_of([2, 0, 1], seed=1)
+    batch = batch_of([2, 0, 2, 1], seed=1)  # unequal shares: the mean is over images, not over domains
     losses = method.training_losses(batch, 0)
     features = torch.zeros(len(batch.labels), 192)
     identity = torch.zeros(())
@@ -111,7 +111,7 @@ def test_a_mixed_step_is_the_mean_of_steps_of_one_domain() -> None:
         with reference.switch.on(OneSet(domain)):
             features[rows] = gem(reference.backbone(batch.images[rows]), 3.0)
         logits = reference.head(features[rows], domain)
-        identity = identity + identity_loss(logits, batch.labels[rows], 0.1) / 3
+        identity = identity + identity_loss(logits, batch.labels[rows], 0.1) * rows.float().mean()
     everyone = batch.labels + torch.tensor([0, 5, 12])[batch.domains]
     total = identity + 0.7 * batch_hard_triplet_loss(features, everyone, 0.3)
     torch.testing.assert_close(losses["loss/total"], total)

@@ -86,12 +86,11 @@ class DSBN(Method):
         route = RowWise(batch.domains)
         maps = self._maps(batch.images, route)
         features = gem(maps, self.setup.network.gem_p)
-        parts = [
-            len(where)
-            * identity_loss(self.head(features[where], domain), batch.labels[where], settings.label_smoothing)
-            for domain, where in route.rows(features.device).of
-        ]
-        identity = torch.stack(parts).sum() / len(features)
+        identity = torch.zeros((), device=features.device)
+        for domain, where in route.rows(features.device).of:
+            logits = self.head(features[where], domain)
+            share = len(where) / len(features)
+            identity = identity + share * identity_loss(logits, batch.labels[where], settings.label_smoothing)
         everyone = batch.labels + self.offsets[batch.domains.to(self.offsets.device)]
         triplet = batch_hard_triplet_loss(features, everyone, settings.triplet_margin)
         return {

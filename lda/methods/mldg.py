@@ -58,7 +58,7 @@ class MLDGSettings(IdentitySettings):
     )
     mldg_inner_rate: float = setting(
         1.0, "rate of Eq. (2) over the schedule's at that step", "DomainBed, dgreid", low=0.0, high=1000.0,
-        search=Range(0.1, 100.0, log=True),
+        search=Range(0.1, 10.0, log=True),
     )  # fmt: skip
 
 
