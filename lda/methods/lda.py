@@ -25,7 +25,6 @@ Not on the poster, so our reading: the form of (7) to (10), the weights, the inf
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -40,7 +39,7 @@ from lda.groups import Setup
 from lda.kept import Kept
 from lda.methods.base import Cost, Losses, Method
 from lda.parts.backbones import Backbone, backbone_of, convert_norm
-from lda.parts.bank import BufferBank
+from lda.parts.bank import BufferBank, draw_donor
 from lda.parts.bank_pictures import kept_banks
 from lda.parts.heads import Head, gem, label_offsets
 from lda.parts.losses import (
@@ -383,10 +382,7 @@ class LDA(Method):
         """The second path of a step; its donor j != k is a function of (seed, step), so that a resumed run agrees."""
         if self.settings.network_a == "in":
             return InstanceNormalised()
-        others = [j for j in range(self.num_domains) if j != domain]
-        if self.settings.donor == "round_robin":
-            return AntiNormalised(others[step % len(others)])
-        return AntiNormalised(random.Random(f"donor {self.setup.seed} {step}").choice(others))
+        return AntiNormalised(draw_donor(self.settings.donor, domain, self.num_domains, self.setup.seed, step))
 
     def encode(self, images: Tensor) -> Tensor:
         """Features (B, D) before the BNNeck in the configured inference mode; every image on its own.

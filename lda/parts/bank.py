@@ -5,8 +5,9 @@ Shapes: K source domains, C channels; row k of a bank holds domain k.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,24 +25,25 @@ class BufferBank(nn.Module):
         num_domains: K.
         num_features: C.
         momentum: m in [0, 1); torch's BatchNorm calls 1 - m its momentum.
+        copy_first: False: rows begin at zero, mean and variance, and the first update is like any other (ReNorm).
     """
 
     mean: Tensor  # (K, C)
     var: Tensor  # (K, C)
 
-    def __init__(self, num_domains: int, num_features: int, momentum: float) -> None:
+    def __init__(self, num_domains: int, num_features: int, momentum: float, copy_first: bool = True) -> None:
         super().__init__()
         if num_domains < 1 or not 0.0 <= momentum < 1.0:
             raise ValueError(f"expected num_domains >= 1 and 0 <= momentum < 1, got {num_domains=} {momentum=}")
-        self.momentum = momentum
+        self.momentum, self.copy_first = momentum, copy_first
         self.counts = [0] * num_domains  # python integers: read every step without waiting for a GPU
         self.register_buffer("mean", torch.zeros(num_domains, num_features))
-        self.register_buffer("var", torch.ones(num_domains, num_features))
+        self.register_buffer("var", torch.full((num_domains, num_features), float(copy_first)))
 
     def count_update(self, domain: int) -> float:
-        """Count an update of row `domain` and return the share 1 - m of the new batch in it (1 the first time)."""
+        """Count an update of row `domain` and return the share 1 - m of the new batch in it (1 for a first copy)."""
         self.counts[domain] += 1
-        return 1.0 if self.counts[domain] == 1 else 1.0 - self.momentum
+        return 1.0 if self.copy_first and self.counts[domain] == 1 else 1.0 - self.momentum
 
     @torch.no_grad()
     def update(self, domain: int, mean: Tensor, var: Tensor) -> None:
@@ -62,6 +64,19 @@ class BufferBank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_domains={len(self.counts)}, num_features={self.mean.shape[1]}, momentum={self.momentum}"
+
+
+def draw_donor(rule: Literal["uniform", "round_robin"], domain: int, num_domains: int, seed: int, step: int) -> int:
+    """The other domain j != `domain` whose row a step borrows: a function of (seed, step), so a resumed run agrees.
+
+    Raises ValueError when there is no other.
+    """
+    others = [other for other in range(num_domains) if other != domain]
+    if not others:
+        raise ValueError(f"expected two or more domains to draw a donor from, got {num_domains}")
+    if rule == "round_robin":
+        return others[step % len(others)]
+    return random.Random(f"donor {seed} {step}").choice(others)
 
 
 def bank_arrays(domains: Sequence[str], banks: Mapping[str, BufferBank]) -> dict[str, NDArray[Any]]:

@@ -7,14 +7,17 @@ Shapes: X (N, C, H, W) of N images; K domains; set k holds mean_k, var_k, gamma_
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lda.parts.backbones import Backbone, convert_norm
-from lda.parts.routes import RecordingLayer, Switch
+from lda.parts.routes import Switch
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,34 @@ class OneSet:
     domain: int
 
 
-@dataclass(frozen=True, eq=False)
+class Rows(NamedTuple):
+    """The images of every domain in a mixed batch.
+
+    Attributes:
+        of: (domain, positions of its images) by rising domain, for the domains that are there.
+        order: (N,) positions that put the parts, joined in that order, back as the batch was.
+    """
+
+    of: list[tuple[int, Tensor]]
+    order: Tensor
+
+
 class RowWise:
     """Image n takes set `domains[n]`: (N,) on the CPU, so that no step waits for a GPU. In training every domain's
     images are normalised by their own batch statistics, as if each domain passed alone."""
 
-    domains: Tensor
+    def __init__(self, domains: Tensor) -> None:
+        self.domains = domains
+        present = [(domain, (domains == domain).nonzero()[:, 0]) for domain in sorted(set(domains.tolist()))]
+        order = torch.cat([where for _, where in present]).argsort()
+        self._rows = {domains.device: Rows(present, order)}
+
+    def rows(self, device: torch.device) -> Rows:
+        """Whose images lie where. Copied to a device once, not at each of a network's fifty layers."""
+        if device not in self._rows:
+            of, order = self._rows[self.domains.device]
+            self._rows[device] = Rows([(domain, where.to(device)) for domain, where in of], order.to(device))
+        return self._rows[device]
 
 
 @dataclass(frozen=True)
@@ -40,7 +65,7 @@ class MeanSet:
 DomainRoute = OneSet | RowWise | MeanSet
 
 
-class DomainBatchNorm2d(RecordingLayer):
+class DomainBatchNorm2d(nn.Module):
     """K sets of batch normalisation in the place of one; `switch` chooses.
 
     Training: batch statistics, which enter the chosen set's running statistics by torch's momentum; evaluation: the
@@ -56,16 +81,16 @@ class DomainBatchNorm2d(RecordingLayer):
     ) -> None:
         super().__init__()
         self.switch, self.num_domains, self.eps = switch, num_domains, like.eps
-        self.momentum = 0.1 if like.momentum is None else like.momentum
         self.sets = nn.ModuleList()
         for domain in range(num_domains):
             norm = nn.BatchNorm2d(like.num_features, eps=like.eps, momentum=like.momentum)
             norm.load_state_dict(like.state_dict())
             if shared_affine and domain > 0:
-                norm.weight, norm.bias = self._set(0).weight, self._set(0).bias
+                norm.weight, norm.bias = self.norm(0).weight, self.norm(0).bias
             self.sets.append(norm)
 
-    def _set(self, domain: int) -> nn.BatchNorm2d:
+    def norm(self, domain: int) -> nn.BatchNorm2d:
+        """Set `domain`, as the layer of batch normalisation that it is."""
         norm = self.sets[domain]
         assert isinstance(norm, nn.BatchNorm2d), "every set is made in the constructor"
         return norm
@@ -76,23 +101,20 @@ class DomainBatchNorm2d(RecordingLayer):
             case OneSet(domain):
                 normalised: Tensor = self.sets[domain](x)
                 return normalised
-            case RowWise(domains):
-                return self._by_row(x, domains)
+            case RowWise() as route:
+                return self._by_row(x, route.rows(x.device))
             case MeanSet():
                 return self._mean(x)
 
-    def _by_row(self, x: Tensor, domains: Tensor) -> Tensor:
-        rows = [(domain, (domains == domain).nonzero()[:, 0].to(x.device)) for domain in sorted(set(domains.tolist()))]
-        if len(rows) == 1:
-            return self._set(rows[0][0])(x)  # type: ignore[no-any-return]
-        parts = [self._set(domain)(x[where]) for domain, where in rows]
-        order = torch.cat([where for _, where in rows])
-        return torch.cat(parts)[order.argsort()]
+    def _by_row(self, x: Tensor, rows: Rows) -> Tensor:
+        if len(rows.of) == 1:
+            return self.norm(rows.of[0][0])(x)  # type: ignore[no-any-return]
+        return torch.cat([self.norm(domain)(x[where]) for domain, where in rows.of])[rows.order]
 
     def _mean(self, x: Tensor) -> Tensor:
         if self.training:
             raise RuntimeError("the average of all sets has no batch statistics: evaluation only")
-        norms = [self._set(domain) for domain in range(self.num_domains)]
+        norms = [self.norm(domain) for domain in range(self.num_domains)]
         mean = torch.stack([_known(norm.running_mean) for norm in norms]).mean(0)
         var = torch.stack([_known(norm.running_var) for norm in norms]).mean(0)
         weight = torch.stack([norm.weight for norm in norms]).mean(0)
@@ -111,3 +133,35 @@ def use_domain_norm(backbone: Backbone, num_domains: int, shared_affine: bool = 
     convert_norm(backbone, lambda old: DomainBatchNorm2d(old, num_domains, switch, shared_affine))
     backbone.replay = switch.remembered
     return switch
+
+
+@contextmanager
+def site_distances(network: nn.Module) -> Iterator[list[Tensor]]:
+    """Passes in here by `OneSet(j)` leave how far every image is from set j at every layer, in the order of the layers.
+
+    META's relevance, over the root of the number of channels so that wide layers do not decide alone:
+
+        W_l,i = sqrt( (|mean_j - mu_i|^2 + |sqrt(var_j) - sqrt(v_i)|^2) / C )
+
+    mu_i and v_i: mean and unbiased variance over (h, w) of image i in what enters layer l. (N,) per layer, no gradient.
+    """
+    found: list[Tensor] = []
+
+    @torch.no_grad()
+    def measure(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, DomainBatchNorm2d), "only such layers are watched"
+        route = layer.switch.route
+        if not isinstance(route, OneSet):
+            raise RuntimeError(f"distances to one set need the route OneSet, got {type(route).__name__}")
+        norm = layer.norm(route.domain)
+        var, mean = torch.var_mean(inputs[0].float(), dim=(2, 3), correction=1)
+        mean_gap = mean - _known(norm.running_mean)
+        deviation_gap = var.sqrt() - _known(norm.running_var).sqrt()
+        found.append((mean_gap.square() + deviation_gap.square()).mean(1).sqrt())
+
+    hooks = [m.register_forward_pre_hook(measure) for m in network.modules() if isinstance(m, DomainBatchNorm2d)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -55,15 +55,18 @@ def identity_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
-def batch_hard_triplet_loss(features: Tensor, labels: Tensor, margin: float) -> Tensor:
+def batch_hard_triplet_loss(features: Tensor, labels: Tensor, margin: float, part: bool = False) -> Tensor:
     """Mean over anchors of [d(hardest positive) - d(hardest negative) + margin]_+ (Hermans et al., arXiv 1703.07737).
 
     Euclidean distances between features (N, D) as they are (before the BNNeck, not normalised). Every identity of the
     batch needs two images, and the batch two identities; raises ValueError otherwise.
+
+    part: the images are one domain's share of a batch, which may be a single identity: an anchor without a negative
+    adds 0.
     """
     features = features.float()
     same = labels[:, None] == labels[None, :]
-    if labels.is_cpu and (bool((same.sum(1) < 2).any()) or bool(same.all())):
+    if labels.is_cpu and (bool((same.sum(1) < 2).any()) or (bool(same.all()) and not part)):
         raise ValueError("batch-hard triplets need two images of every identity and two identities in a batch")
     norms = features.square().sum(1)
     squared = norms[:, None] + norms[None, :] - 2.0 * features @ features.T
