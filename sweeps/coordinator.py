@@ -89,10 +89,10 @@ class Coordinator:
 
         Raises UsageError when a worker finds the data or the settings unusable, StudyError when workers cannot start.
         """
-        self._safely_upkeep("interrupted")  # what an earlier command left behind
         finished = False
         with self._signals(), Display(self.folder, self.spec.grace_seconds, self.look) as display:
             try:
+                finished = self._safely_upkeep("interrupted")  # what an earlier command left behind
                 while not self.stop.is_set() and not finished:
                     self.workers.supervise(sum(len(c.attempts) for known in self._known for c in known))
                     finished = self._safely_upkeep("lost")

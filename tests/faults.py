@@ -35,7 +35,7 @@ from studies import Command, children_of, log_of, wait_for
 from lda.files import read_json
 from lda.runs import environment
 from sweeps.list.ledger import Configuration, configurations, fault
-from sweeps.list.storage import open_storage, storage_url
+from sweeps.list.storage import engine_of, open_storage, storage_url
 
 STEPS = 40
 RETRIES = 2
@@ -446,7 +446,7 @@ def strike(name: str, folder: Path, data_root: Path, play: Callable[[Arena], Pla
         arena = Arena(folder, data_root, stack)
         with Watch(folder) as watch:
             injected, commands, code = (play or FAULTS[name])(arena)
-        known = _entries(arena, commands[0])
+        known = _configurations(arena, commands[0])
         ended = all(configuration.ended(RETRIES) for configuration in known)
         given_up = [configuration for configuration in known if configuration.given_up(RETRIES)]
         assert all(fault(configuration.last)[1] for configuration in given_up)
@@ -463,13 +463,17 @@ def strike(name: str, folder: Path, data_root: Path, play: Callable[[Arena], Pla
         )
 
 
-def _entries(arena: Arena, command: Command) -> list[Configuration]:
+def _configurations(arena: Arena, command: Command) -> list[Configuration]:
     storage = open_storage(storage_url(arena.url, command.study), 60, 180)
-    return [
+    found = [
         configuration
         for name in optuna.study.get_all_study_names(storage)
         for configuration in configurations(optuna.load_study(study_name=name, storage=storage).get_trials())
     ]
+    storage.remove_session()
+    if (engine := engine_of(storage)) is not None:  # psycopg warns of connections left to the garbage collector
+        engine.dispose()
+    return found
 
 
 def _repeated(study: Path) -> set[Path]:

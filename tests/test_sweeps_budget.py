@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,36 +47,43 @@ def announced(command: Command, *options: str) -> tuple[int, int, int, str]:
     return int(trials[1]), int(confirm[1] or 0), int(units[1]), confirm[2] or ""
 
 
-STUDIES: list[tuple[dict[str, Any], dict[str, Any], list[str], tuple[int, int, int, str]]] = [
-    ({}, {"top": 1, "seeds": 1}, [], (2, 3, 10, "baseline, defaults, top 1")),
-    ({}, {"top": 1, "seeds": 2}, ["--set", "method=baseline"], (2, 4, 12, "defaults, top 1")),
-    ({}, {"top": 3, "seeds": 1}, [], (2, 3, 10, "baseline, defaults, top 1")),
-    (GRID, {"top": 2, "seeds": 1}, [], (4, 4, 16, "baseline, defaults, top 1, top 2")),
-]
+@dataclass(frozen=True)
+class Expected:
+    """A study, and what is to be announced and to run."""
+
+    search: dict[str, Any]
+    top: int
+    options: list[str]
+    targets: list[str]
+    numbers: tuple[int, int, int]
+    compared: str
 
 
-@pytest.mark.parametrize(
-    ("search", "confirm", "options", "expected"), STUDIES, ids=["defaults", "baseline", "fewer trials", "grid"]
-)
-def test_what_a_dry_run_says_is_what_runs(
-    tmp_path: Path,
-    standin_tiny: Path,
-    search: dict[str, Any],
-    confirm: dict[str, Any],
-    options: list[str],
-    expected: tuple[int, int, int, str],
-) -> None:
-    command = Command(tmp_path, standin_tiny, spec={"confirm": confirm}, search=search)
-    assert announced(command, *options) == expected
+EXPECTED = {
+    "defaults": Expected({}, 5, [], ["cuhk03", "market1501"], (2, 3, 10), "baseline, defaults, top 1"),
+    "baseline": Expected({}, 1, ["--set", "method=baseline"], ["cuhk03"], (2, 2, 4), "defaults, top 1"),
+    "grid": Expected(GRID, 2, [], ["cuhk03"], (4, 4, 8), "baseline, defaults, top 1, top 2"),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_what_a_dry_run_says_is_what_runs(tmp_path: Path, standin_tiny: Path, name: str) -> None:
+    """A study of the baseline ends whole too, without a row for another baseline and without a warning."""
+    study = EXPECTED[name]
+    spec = {"targets": study.targets, "confirm": {"top": study.top, "seeds": 1}}
+    command = Command(tmp_path, standin_tiny, spec=spec, search=study.search)
+    assert announced(command, *study.options) == (*study.numbers, study.compared)
     assert not command.study.exists()
-    assert command.run("--workers", "2", *options) == 0, command.output
+    assert command.run("--workers", "2", *study.options) == 0, command.output
     assert "warning" not in command.output
     searched, confirmed = held(command)
-    assert (len(searched), len(confirmed)) == expected[:2]
-    assert sum(len(configuration.units) for configuration in searched + confirmed) == expected[2]
-    assert len(command.results()) == expected[2]
-    assert f"confirmed {expected[1]} of {expected[1]}" in command.output
-    assert (command.study / "trial-baseline").exists() == ("baseline" in expected[3])
+    trials, confirmations, units = study.numbers
+    assert (len(searched), len(confirmed)) == (trials, confirmations)
+    assert sum(len(configuration.units) for configuration in searched + confirmed) == units
+    assert len(command.results()) == units
+    assert f"{trials} of {trials} trials (0 pruned, 0 failed" in command.output
+    assert f"confirmed {confirmations} of {confirmations}" in command.output
+    assert (command.study / "trial-baseline").exists() == ("baseline" in study.compared)
 
 
 def test_training_time_ends_a_grid_and_what_is_complete_is_confirmed(tmp_path: Path, standin_tiny: Path) -> None:

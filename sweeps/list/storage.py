@@ -24,6 +24,7 @@ from lda.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
+    from sqlalchemy.engine import Engine
 
 T = TypeVar("T")
 
@@ -109,10 +110,16 @@ def turn(storage: BaseStorage) -> AbstractContextManager[object]:
     Optuna locks the row of a waiting trial before it starts it; SQLite knows no row locks, so two processes would now
     and then start the same one.
     """
-    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
+    engine = engine_of(storage)
     if engine is None or engine.url.get_backend_name() != "sqlite" or not engine.url.database:
         return nullcontext()
     return FileLock(f"{engine.url.database}.turn", timeout=600)
+
+
+def engine_of(storage: BaseStorage) -> Engine | None:
+    """The database behind a storage, None for a journal. Optuna's names for it are private; a test watches them."""
+    engine: Engine | None = getattr(getattr(storage, "_backend", storage), "engine", None)
+    return engine
 
 
 def _created_by_one(open_tables: Callable[[], T]) -> T:

@@ -38,7 +38,7 @@ def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: 
         *(("limit", text) for text in _limits(spec)),
         ("confirm", _confirmation(spec)),
         ("units", _units(spec)),
-        ("cost", spec.cost),
+        ("cost", f"{spec.cost} (of the study as its file has it)"),
         *where,
     ]
     return "\n".join(f"{name:11}{text}" for name, text in lines)
