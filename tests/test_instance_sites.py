@@ -109,10 +109,14 @@ def test_sites_normalise_every_image_the_same_in_training_and_evaluation(
     backbone = trained_backbone(network)
     PLACEMENTS[name](backbone)
     passed: list[tuple[InstanceSite, Tensor, Tensor]] = []
-    for site in sites(backbone):  # cloned: a ReLU behind it works in place
+    hooks = [  # cloned: a ReLU behind it works in place
         site.register_forward_hook(lambda site, x, y: passed.append((site, x[0].clone(), y.clone())))
+        for site in sites(backbone)
+    ]
     with torch.no_grad():
         backbone(images)
+        for hook in hooks:
+            hook.remove()
         assert len(passed) == len(sites(backbone)), "a site is passed once"
         for site, x, y in passed:
             gamma = torch.ones(x.shape[1]) if site.weight is None else site.weight
