@@ -34,10 +34,8 @@ from analysis.house_style import colour, marker, new_figure, save, style
 from analysis.study import Study, load_study, print_name
 from lda.command import exit_code
 from lda.errors import UsageError, unknown
-from lda.files import atomic, read_json
-
-BANK_FILE = "buffer_bank.npz"
-
+from lda.files import atomic
+from lda.runs import BUFFER_BANK, UnitFolder, is_unit, read_unit
 
 # --- what to draw ----------------------------------------------------------------------------------------------------
 
@@ -54,10 +52,11 @@ class Source:
 def open_source(run_or_study: Path, unit: str | None = None) -> Source:
     """The bank of a run's folder, or of one unit of a study.
 
-    Of a study, by default the best trial's first target (trial 0's while nothing is complete); `unit` names another, as
-    `trial-0003/cuhk03-s0`. Raises UsageError for a folder that is neither, an unknown unit, or a unit without a bank.
+    Of a study, by default the best trial's first target (the defaults' while nothing is complete, any unit's where
+    these keep no bank); `unit` names another, as `trial-0003/cuhk03-s0`. Raises UsageError for a folder that is
+    neither, an unknown unit, or a unit without a bank.
     """
-    if (run_or_study / "config.json").is_file():
+    if is_unit(run_or_study):
         if unit is not None:
             raise UsageError(f"--unit {unit}: {run_or_study} is a single run already; --unit chooses from a study")
         return _opened(run_or_study, f"run {run_or_study.resolve().name}")
@@ -66,38 +65,39 @@ def open_source(run_or_study: Path, unit: str | None = None) -> Source:
     return _opened(folder, f"study {study.name}, {folder.parent.name}")
 
 
-def _opened(unit: Path, where: str) -> Source:
-    config = read_json(unit / "config.json")["config"]
-    if not (unit / BANK_FILE).is_file():
-        why = "the plain baseline has none" if config["method"] == "baseline" else "the run is not finished"
-        raise UsageError(f"{unit} holds no {BANK_FILE}: {why}")
-    finished = (unit / "result.json").is_file()
-    data = f"{read_json(unit / 'result.json')['data']} data" if finished else "data unknown, unfinished run"
-    return Source(read_bank(unit / BANK_FILE), unit, f"{where}, unseen target {print_name(config['target'])} ({data})")
+def _opened(folder: Path, where: str) -> Source:
+    unit, bank = read_unit(folder), _bank_of(folder)
+    if not bank.is_file():
+        why = "the run is not finished" if unit.result is None else "this run's method keeps no bank"
+        raise UsageError(f"{folder} holds no {bank.name}: {why}")
+    data = "data unknown, unfinished run" if unit.result is None else f"{unit.result.data} data"
+    return Source(read_bank(bank), folder, f"{where}, unseen target {print_name(unit.target)} ({data})")
 
 
-def _banks(study: Study) -> dict[str, str]:
-    """`trial/unit` -> trial of every unit that has a bank, in the order of the study's units."""
-    units = study.units
-    return {
-        f"{row.trial}/{row.unit}": row.trial for row in units.itertuples() if (Path(row.path) / BANK_FILE).is_file()
-    }
+def _bank_of(unit: Path) -> Path:
+    return UnitFolder(unit).kept(BUFFER_BANK)
+
+
+def units_with_bank(study: Study) -> dict[str, str]:
+    """`trial/unit` -> trial of every unit that keeps a bank, in the order of the study's units."""
+    return {f"{row.trial}/{row.unit}": row.trial for row in study.units.itertuples() if _bank_of(row.path).is_file()}
 
 
 def _default_unit(study: Study) -> str:
-    banks = _banks(study)
+    banks = units_with_bank(study)
     if not banks:
-        raise UsageError(f"{study.folder} holds no {BANK_FILE} yet; a unit writes it when it ends")
-    best = study.best_trial()
-    for trial in ([] if best is None else [best["name"]]) + ["trial-0000"]:
+        name, methods = _bank_of(study.folder).name, sorted(study.units["title"].dropna().unique())
+        why = f": a run of {' or '.join(methods)} keeps no bank" if methods else " yet; a unit writes it when it ends"
+        raise UsageError(f"{study.folder} holds no {name}{why}")
+    for trial in (study.best_trial(), study.default_trial()):
         for unit, its_trial in banks.items():
-            if its_trial == trial:
+            if trial is not None and its_trial == trial["name"]:
                 return unit
     return next(iter(banks))
 
 
 def _named_unit(study: Study, unit: str) -> str:
-    banks = _banks(study)
+    banks = units_with_bank(study)
     if unit not in banks:
         raise UsageError(f"--unit: {unknown('unit', unit, banks)}")
     return unit
@@ -233,7 +233,7 @@ def describe(source: Source) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python analysis/buffer_bank.py RUN_OR_STUDY`: 0 done, 1 failed, 2 bad usage."""
+    """`python analysis/buffer_bank.py RUN_OR_STUDY`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python analysis/buffer_bank.py",
         description="Draw the Buffer Bank statistics of every source domain and the distances between domains.",

@@ -1,4 +1,4 @@
-"""A study's numbers: the means, spreads and gains that its tables show, and the poster's rows beside them.
+"""A study's numbers: the means, spreads and gains that its tables show.
 
 Once the search was confirmed on fresh seeds, only the fresh runs count: the search's own scores are what it chose by.
 """
@@ -13,34 +13,39 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.study import Study, load_study
+from analysis.study import METRIC_NAMES, Study, load_study, print_method
 from lda.errors import UsageError
 
-METRICS = {"mAP": "mAP", "rank1": "Rank-1"}
-"""Metric -> its name in print."""
+METRICS = {metric: METRIC_NAMES[metric] for metric in ("mAP", "rank1")}
+"""Metric of a table -> its name in print."""
 
 AVERAGE = "average"
 """The target that stands for the mean over targets."""
 
-PUBLISHED = Path(__file__).parent / "published.csv"
-
-CONDITIONS = ("data", "selection", "inference", "average_precision", "flip_test", "cuhk03_boxes", "cuhk03_protocol")
+CONDITIONS = (
+    *("data", "target_data", "selection", "inference", "average_precision", "flip_test"),
+    *("cuhk03_boxes", "cuhk03_protocol"),
+)
 """What must agree between numbers that are compared."""
+
+BETWEEN = " | "
+"""Stands between the values of a condition where the runs of one row differ in it."""
 
 
 def protocol_table(study: Study | Path) -> pd.DataFrame:
     """The study's results, one row per configuration and target and one for its average over targets.
 
     Columns:
-        configuration (baseline, default, best; confirmed for further trials that were rerun), label, trial, target,
-        seeds (how many), confirmed (fresh seeds, not the search's own), score (selection score, percent);
+        configuration (baseline, default, best; confirmed for further trials that were rerun), label, method (in print,
+        marked as in `analysis.study.print_method`), reconstructed (what of the method is), trial, target, seeds (how
+        many), confirmed (fresh seeds, not the search's own), score (selection score, percent);
         mAP, rank1: percent, mean over seeds, with mAP_std, rank1_std their sample standard deviation;
         splits: test splits behind each run, with mAP_split_std, rank1_split_std the standard deviation over them, mean
         over seeds; missing for the average and for targets with one official query and gallery;
         mAP_gain, rank1_gain: points above the baseline, mean of the differences paired by seed, with
         mAP_gain_low, mAP_gain_high and so on the ends of the 95% bootstrap interval; missing without a baseline;
-        data, selection, inference, average_precision, flip_test, cuhk03_boxes, cuhk03_protocol: the conditions of the
-        runs.
+        train_passes, test_forwards: passes through the plain network per image, mean over runs; see `lda.runs.Cost`;
+        test: how images are compared, and `CONDITIONS`: the conditions of the runs.
     Spreads and intervals are missing with one seed.
 
     Raises UsageError when no configuration is complete.
@@ -51,13 +56,15 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
     rows = []
     for configuration in configurations:
         paired = baseline if configuration.kind != "baseline" else None
-        about = {"configuration": configuration.kind, "label": configuration.label, "trial": configuration.trial}
+        about = {key: getattr(configuration, key) for key in ("label", "method", "reconstructed", "trial")}
+        about["configuration"] = configuration.kind
         seeds = {"seeds": configuration.runs["seed"].nunique(), "confirmed": configuration.confirmed}
         for target in [*study.targets, AVERAGE]:
             targets = study.targets if target == AVERAGE else [target]
             statistics = {
                 "score": configuration.percent("score", targets).mean(),
                 "splits": configuration.splits(targets),
+                **configuration.passes(targets),
             }
             for metric in METRICS:
                 base = None if paired is None else paired.percent(metric, targets)
@@ -69,8 +76,9 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
 
 
 _COLUMNS = (
-    *("configuration", "label", "trial", "target", "seeds", "confirmed", "score", "splits"),
+    *("configuration", "label", "method", "reconstructed", "trial", "target", "seeds", "confirmed", "score", "splits"),
     *(f"{m}{kind}" for m in METRICS for kind in ("", "_std", "_split_std", "_gain", "_gain_low", "_gain_high")),
+    *("train_passes", "test_forwards", "test"),
     *CONDITIONS,
 )
 
@@ -105,6 +113,8 @@ class _Configuration:
 
     kind: str
     label: str
+    method: str
+    reconstructed: str
     trial: str
     confirmed: bool
     runs: pd.DataFrame
@@ -119,9 +129,14 @@ class _Configuration:
         """Test splits of a run, the most among `targets`."""
         return int(self.runs.loc[self.runs["target"].isin(targets), "num_splits"].max())
 
+    def passes(self, targets: Sequence[str]) -> dict[str, float]:
+        """What an image costs, mean over runs."""
+        runs = self.runs[self.runs["target"].isin(targets)]
+        return {key: float(runs[key].mean()) for key in ("train_passes", "test_forwards")}
+
     def conditions(self) -> dict[str, str]:
-        """The values of every condition among the runs, comma-separated (one, unless someone mixed them)."""
-        return {key: ", ".join(sorted({str(value) for value in self.runs[key]})) for key in CONDITIONS}
+        """The value of every condition among the runs; several `BETWEEN` each other where someone mixed them."""
+        return {key: BETWEEN.join(sorted({str(value) for value in self.runs[key]})) for key in ("test", *CONDITIONS)}
 
 
 def _configurations(study: Study) -> list[_Configuration]:
@@ -171,20 +186,13 @@ def _further_trials(
 
 def _configuration(study: Study, kind: str, trial: pd.Series, runs: pd.DataFrame, fresh: bool) -> _Configuration:
     first = runs.iloc[0]
-    plain = f"plain {'IN' if first['baseline_norm'] == 'instance' else 'BN'}"
-    method = "LDA" if first["method"] == "lda" else plain
+    method = print_method(first["title"], first["reconstructed"], bool(runs["target_data"].any()))
     searched = int((study.trials["origin"] != "baseline").sum())
     number = "" if kind == "baseline" else f"trial {int(trial['number'])}"
     label = {
-        "baseline": f"baseline, {plain}",
+        "baseline": f"baseline, {method}",
         "default": f"{method}, defaults ({number})",
         "best": f"{method}, best of {searched} ({number})",
         "confirmed": f"{method}, {number}",
     }[kind]
-    return _Configuration(kind, label, str(trial["name"]), fresh, runs)
-
-
-def published_table(protocol: str) -> pd.DataFrame:
-    """The poster's rows of one protocol, as printed: see the columns of published.csv."""
-    published = pd.read_csv(PUBLISHED, keep_default_na=False, na_values={"mAP": "", "rank1": ""})
-    return published[published["protocol"] == protocol].reset_index(drop=True)
+    return _Configuration(kind, label, method, first["reconstructed"], str(trial["name"]), fresh, runs)

@@ -25,7 +25,7 @@ from analysis import buffer_bank, study_figures
 from analysis.bank_numbers import choose_layers, closest_pairs, domain_distances
 from analysis.comparison import protocol_table
 from analysis.house_style import as_png, save
-from analysis.study import PARAMETER, Study, load_study, print_name
+from analysis.study import METRIC_NAMES, PARAMETER, Axis, Study, load_study, print_method, print_name
 from analysis.tables import conditions, data_line, render, study_grids
 from analysis.text_tables import as_html
 from lda.command import exit_code
@@ -65,10 +65,9 @@ def pictures(study: Study) -> list[Picture]:
 
 
 def _bank_pictures(study: Study) -> list[Picture]:
-    try:
-        source = buffer_bank.open_source(study.folder)
-    except UsageError:  # a study of baselines, or one whose first unit still runs, has no bank to show
+    if not buffer_bank.units_with_bank(study):  # its methods keep none, or no unit is finished
         return []
+    source = buffer_bank.open_source(study.folder)
     captions = {"buffer_bank": f"Buffer Bank statistics of the source domains: {source.title}."}
     if len(source.bank.domains) > 1:
         first, second, _ = closest_pairs(domain_distances(source.bank))[0]
@@ -78,11 +77,8 @@ def _bank_pictures(study: Study) -> list[Picture]:
     return [Picture(name, figure, captions[name]) for name, figure in figures.items()]
 
 
-_METRIC_NAMES = {
-    **{"mAP": "mAP", "mINP": "mINP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10"},
-    "score": "selection score",
-}
-"""Metric -> its name in print; fractions in files, percent here."""
+_PERCENT = {**METRIC_NAMES, "score": "selection score"}
+"""Column that is a fraction in files and percent here -> its name in print."""
 
 
 def trial_rows(study: Study) -> pd.DataFrame:
@@ -91,17 +87,21 @@ def trial_rows(study: Study) -> pd.DataFrame:
     table = study.trials.assign(score=100 * study.trials["score"].astype(float))
     table["seconds"] = table["name"].map(study.units.groupby("trial")["seconds"].sum())
     columns = ["name", "origin", "state", "score", *settings, "seconds", "reason"]
-    return table[columns].rename(columns={**settings, **_METRIC_NAMES, "name": "trial"})
+    return table[columns].rename(columns={**settings, **_PERCENT, "name": "trial"})
 
 
 def unit_rows(study: Study) -> pd.DataFrame:
     """One row per unit, metrics in percent."""
     use = study.units["confirms"].map({True: "confirmation", False: "search"})
     table = study.units.assign(target=study.units["target"].map(print_name), use=use)
-    for column in (*_METRIC_NAMES, "seconds", "images_per_second"):
-        table[column] = table[column].astype(float) * (100 if column in _METRIC_NAMES else 1)
-    columns = ["trial", "target", "seed", "method", "use", *_METRIC_NAMES, "seconds", "images_per_second"]
-    return table[columns].rename(columns={**_METRIC_NAMES, "images_per_second": "images/s"})
+    table["method"] = [
+        print_method(unit.title, unit.reconstructed, unit.target_data) if unit.finished else unit.method
+        for unit in study.units.itertuples()
+    ]
+    for column in (*_PERCENT, "seconds", "images_per_second"):
+        table[column] = table[column].astype(float) * (100 if column in _PERCENT else 1)
+    columns = ["trial", "target", "seed", "method", "use", *_PERCENT, "seconds", "images_per_second"]
+    return table[columns].rename(columns={**_PERCENT, "images_per_second": "images/s"})
 
 
 # --- page ------------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def page(study: Study, figures: Sequence[Picture], today: date) -> str:
     facts += _provenance(study)
     return _PAGE.substitute(
         title=escape(f"{study.protocol.title}, study {study.name}"),
-        subtitle=escape(str(study.spec.get("title", ""))),
+        subtitle=escape(study.record.title),
         date=today.isoformat(),
         banner="" if study.data == "real" else f'<p class="banner">{escape(data_line(study.data))}</p>',
         facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts),
@@ -132,22 +132,22 @@ def page(study: Study, figures: Sequence[Picture], today: date) -> str:
 
 def _provenance(study: Study) -> list[tuple[str, str]]:
     """What study.json knows about where the numbers came from."""
-    spec = study.spec
+    record = study.record
     lines = [
-        ("swept", ", ".join(f"{name} ({_axis(axis)})" for name, axis in spec.get("space", {}).items())),
-        ("fixed", _listed(spec.get("base", {}))),
-        ("command", str(spec.get("command", ""))),
-        ("commit", str(spec.get("commit", "")) + (" with local changes" if spec.get("dirty") else "")),
-        ("versions", _listed(spec.get("versions", {}))),
+        ("swept", ", ".join(f"{name} ({_axis(axis)})" for name, axis in record.space.items())),
+        ("fixed", _listed(record.base)),
+        ("command", record.command),
+        ("commit", record.commit + (" with local changes" if record.dirty else "")),
+        ("versions", _listed(record.versions)),
     ]
     return [(name, text) for name, text in lines if text]
 
 
-def _axis(axis: Mapping[str, Any]) -> str:
-    if axis.get("choices"):
-        return ", ".join(map(str, axis["choices"]))
-    step = f", step {axis['step']}" if axis.get("step") else ""
-    return f"{axis.get('low')} to {axis.get('high')}{', log scale' if axis.get('log') else ''}{step}"
+def _axis(axis: Axis) -> str:
+    if axis.choices:
+        return ", ".join(map(str, axis.choices))
+    step = f", step {axis.step:g}" if axis.step else ""
+    return f"{axis.low} to {axis.high}{', log scale' if axis.log else ''}{step}"
 
 
 def _listed(values: Mapping[str, Any]) -> str:
@@ -181,7 +181,7 @@ def _sortable(table: pd.DataFrame, caption: str) -> str:
 
 
 _NUMBER = ' class="number"'
-_DECIMALS = {**dict.fromkeys(_METRIC_NAMES.values(), 1), "seconds": 0, "images/s": 0}
+_DECIMALS = {**dict.fromkeys(_PERCENT.values(), 1), "seconds": 0, "images/s": 0}
 
 
 def _cell(value: object, column: str, numeric: bool) -> str:
@@ -217,7 +217,7 @@ def write_report(study: Study, output: Path, today: date) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python analysis/report.py STUDY`: 0 done, 1 failed, 2 bad usage."""
+    """`python analysis/report.py STUDY`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python analysis/report.py", description="Write a study's report: one HTML page, figures and tables."
     )

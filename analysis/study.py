@@ -1,32 +1,110 @@
 """What lies in a study's folder, as tables. Nothing here knows how the files came to be, and nothing is written.
 
-A study: study.json, trial-*/trial.json. A unit (one trial on one target with one seed): trial-*/<unit>/config.json,
-metrics.jsonl, buffer_bank.npz, result.json. Formats: sweeps/folders.py and lda/runs.py.
+A study: study.json, trial-*/trial.json. A unit (one trial on one target with one seed): the folder trial-*/<unit>/.
+Formats: sweeps/study_folder.py, sweeps/views/trial_files.py and lda/runs.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
 import pandas as pd
 
 from lda.data.catalogue import title
 from lda.errors import UsageError
 from lda.files import read_json
-from lda.protocols import PROTOCOLS, Protocol
-from lda.runs import read_metrics
+from lda.protocols import PROTOCOLS, Protocol, get_protocol
+from lda.runs import Cost, Result, Unit, UnitFolder, checked_record, is_unit, read_record, read_unit, unit_folders
 
 PARAMETER = "param/"
 """Prefix of the columns of `Study.trials` that hold swept settings."""
 
-_RESULT_KEYS = (
-    "mAP", "rank1", "rank5", "rank10", "mINP", "num_splits", "mAP_std", "rank1_std", "inference", "flip_test",
-    "average_precision", "data", "seconds", "images_per_second",
-)  # fmt: skip
+METRIC_NAMES = {"mAP": "mAP", "mINP": "mINP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10"}
+"""Metric of a result -> its name in print; fractions in files, percent in print."""
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where a setting was searched: from `low` to `high`, or among `choices`."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    step: float | None = None
+    choices: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """What study.json says, as far as it is read here.
+
+    Attributes:
+        study: name.
+        title: one line for people.
+        protocol: see lda/protocols.py.
+        targets: those of its units.
+        data: "stand-in" or "real".
+        space: swept setting -> where it was searched.
+        base: settings that every trial was given.
+        command: as typed.
+        commit, dirty, versions: of the code, whether it had local changes, and of the packages.
+    """
+
+    study: str
+    title: str
+    protocol: str
+    targets: tuple[str, ...]
+    data: str
+    space: dict[str, Axis]
+    base: dict[str, Any]
+    command: str
+    commit: str
+    dirty: bool
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """What trial.json says, as far as it is read here.
+
+    Attributes:
+        number: of the search; None for the baseline, which is no trial of it.
+        params: swept setting -> value.
+        score: selection score, None unless complete.
+        reason: why it ended early, where it did.
+        confirm_units: folders of its reruns on seeds that the search never saw.
+    """
+
+    number: int | None
+    origin: Literal["default", "search", "baseline"]
+    state: Literal["running", "complete", "pruned", "failed"]
+    score: float | None
+    reason: str | None
+    params: dict[str, Any]
+    confirm_units: tuple[str, ...]
+
+
+def _read_study(path: Path) -> tuple[StudyRecord, Protocol]:
+    record = read_record(path, StudyRecord)
+    try:
+        return record, get_protocol(record.protocol)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _read_trial(path: Path) -> TrialRecord:
+    return checked_record(read_json(path), TrialRecord, f"{path}: ")
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -35,48 +113,46 @@ class Study:
 
     Attributes:
         folder: where it lies.
-        spec: the content of study.json.
+        record: the content of study.json.
         trials: one row per trial: name (its folder), number, origin (default, search, baseline), state, score, reason,
             and a column `param/<setting>` for every swept setting. By number, the baseline last.
-        units: one row per unit: trial (name), unit (folder name), path, target, seed, method, the settings
-            cuhk03_boxes, cuhk03_protocol and baseline_norm, confirms (a rerun on a seed the search never saw),
-            finished, score (selection score), selection (rule), and the entries of result.json, missing where the unit
-            is unfinished. By trial, then target in table order, then seed.
+        units: one row per unit: trial (name), unit (folder name), path, target, seed, method, confirms (a rerun on a
+            seed the search never saw), finished; and of its `lda.runs.Result`, missing where the unit is unfinished:
+            score and selection (the rule), train_passes, test_forwards and test (the cost), and every entry that is a
+            number or a word, under its own name. By trial, then target in table order, then seed.
     """
 
     folder: Path
-    spec: dict[str, Any]
+    record: StudyRecord
     trials: pd.DataFrame
     units: pd.DataFrame
 
     @property
     def name(self) -> str:
         """The study's name."""
-        return str(self.spec.get("study", self.folder.name))
+        return self.record.study
 
     @property
     def protocol(self) -> Protocol:
         """The protocol it ran."""
-        return PROTOCOLS[self.spec["protocol"]]
+        return PROTOCOLS[self.record.protocol]
 
     @property
     def targets(self) -> list[str]:
         """Its targets, in table order."""
-        chosen = self.spec.get("targets") or self.protocol.targets
-        return [target for target in self.protocol.targets if target in chosen]
+        return [target for target in self.protocol.targets if target in self.record.targets]
 
     @property
     def data(self) -> str:
         """ "stand-in" or "real", as the finished units say, else as the study says."""
-        seen = sorted(self.units["data"].dropna().unique())
-        return " and ".join(seen) or str(self.spec.get("data", "unknown"))
+        return " and ".join(sorted(self.units["data"].dropna().unique())) or self.record.data
 
     def default_trial(self) -> pd.Series | None:
         """The trial of the default settings, None before it was started."""
         return _first(self.trials[self.trials["origin"] == "default"])
 
     def baseline_trial(self) -> pd.Series | None:
-        """The plain baseline, None where the study has none."""
+        """The baseline, None where the study has none."""
         return _first(self.trials[self.trials["origin"] == "baseline"])
 
     def best_trial(self) -> pd.Series | None:
@@ -102,56 +178,64 @@ def print_name(dataset: str) -> str:
     return title(dataset)
 
 
+def print_method(title: str, reconstructed: str, target_data: bool) -> str:
+    """A method's name in print, marked where a reader must know more before comparing: `RaMoE [reconstruction]`."""
+    marks = ["reconstruction"] * bool(reconstructed) + ["target images"] * target_data
+    return f"{title} [{', '.join(marks)}]" if marks else title
+
+
 def load_study(folder: Path) -> Study:
-    """Read a study's folder. Raises UsageError when it is none, naming what is near."""
+    """Read a study's folder.
+
+    Raises UsageError when it is none, naming what is near, and for files that are damaged or of another format.
+    """
     if not (folder / "study.json").is_file():
         raise UsageError(_no_study(folder))
-    spec = read_json(folder / "study.json")
-    protocol = PROTOCOLS.get(spec.get("protocol", ""))
-    if protocol is None:
-        raise UsageError(f"{folder / 'study.json'}: protocol {spec.get('protocol')!r} is not one of lda/protocols.py")
+    record, protocol = _read_study(folder / "study.json")
     trials, units = [], []
     for path in sorted(folder.glob("trial-*/trial.json")):
-        trial = read_json(path)
-        trial["name"] = path.parent.name
-        trials.append(_trial_row(trial))
-        units += [_unit_row(trial, config.parent) for config in path.parent.glob("*/config.json")]
+        trial = _read_trial(path)
+        trials.append(_trial_row(path.parent.name, trial))
+        units += [_unit_row(path.parent.name, trial, read_unit(unit)) for unit in unit_folders(path.parent)]
     order = {target: position for position, target in enumerate(protocol.targets)}
     units.sort(key=lambda row: (row["trial"], order.get(row["target"], len(order)), row["seed"]))
     trials.sort(key=lambda row: (row["origin"] == "baseline", row["number"], row["name"]))
-    return Study(folder, spec, _frame(trials, _TRIAL_KEYS), _frame(units, _UNIT_COLUMNS))
+    return Study(folder, record, _frame(trials, _trial_columns()), _frame(units, _unit_columns()))
 
 
-_TRIAL_KEYS = ("name", "number", "origin", "state", "score", "reason")
+def _trial_row(name: str, trial: TrialRecord) -> dict[str, Any]:
+    row = {"name": name, **vars(trial), **{f"{PARAMETER}{key}": trial.params[key] for key in sorted(trial.params)}}
+    del row["params"], row["confirm_units"]
+    return row
 
 
-def _trial_row(trial: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = {f"{PARAMETER}{key}": value for key, value in sorted(trial.get("params", {}).items())}
-    return {**{key: trial.get(key) for key in _TRIAL_KEYS}, **parameters}
+def _trial_columns() -> list[str]:
+    return ["name", *(f.name for f in dataclasses.fields(TrialRecord) if f.name not in ("params", "confirm_units"))]
 
 
-_CONFIG_KEYS = ("target", "seed", "method", "cuhk03_boxes", "cuhk03_protocol", "baseline_norm")
-_UNIT_COLUMNS = (
-    "trial", "unit", "path", *_CONFIG_KEYS, "confirms", "finished", "score", "selection", *_RESULT_KEYS,
-)  # fmt: skip
+def _unit_row(trial: str, record: TrialRecord, unit: Unit) -> dict[str, Any]:
+    name, result = unit.folder.path.name, unit.result
+    row = {"trial": trial, "unit": name, "path": unit.folder.path}
+    row |= {"target": unit.target, "seed": unit.seed, "method": unit.method}
+    row |= {"confirms": name in record.confirm_units, "finished": result is not None}
+    if result is None:
+        return {**dict.fromkeys(_unit_columns()), **row}
+    measured = {"score": result.selection.score, "selection": result.selection.rule, **vars(result.cost)}
+    return {**row, **measured, **{key: getattr(result, key) for key in _plain_entries()}}
 
 
-def _unit_row(trial: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")["config"]
-    finished = (folder / "result.json").is_file()
-    result = read_json(folder / "result.json") if finished else {}
-    selection = result.get("selection", {})
-    return {
-        "trial": trial["name"],
-        "unit": folder.name,
-        "path": folder,
-        **{key: config[key] for key in _CONFIG_KEYS},
-        "confirms": folder.name in trial.get("confirm_units", ()),
-        "finished": finished,
-        "score": selection.get("score"),
-        "selection": selection.get("rule"),
-        **{key: result.get(key) for key in _RESULT_KEYS},
-    }
+_OF_FOLDER = ("trial", "unit", "path", "target", "seed", "method", "confirms", "finished")
+
+
+def _plain_entries() -> list[str]:
+    """The entries of a result that are a number or a word, and not known of an unfinished unit already."""
+    nested = (dict, tuple)
+    kinds = {key: kind for key, kind in get_type_hints(Result).items() if key not in _OF_FOLDER}
+    return [key for key, kind in kinds.items() if not dataclasses.is_dataclass(kind) and get_origin(kind) not in nested]
+
+
+def _unit_columns() -> list[str]:
+    return [*_OF_FOLDER, "score", "selection", *(f.name for f in dataclasses.fields(Cost)), *_plain_entries()]
 
 
 def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
@@ -163,13 +247,12 @@ def load_metrics(unit: Path) -> pd.DataFrame:
 
     A half-written last line (a killed run) is left out; any other bad line raises UsageError.
     """
-    path = unit / "metrics.jsonl"
-    return pd.DataFrame(read_metrics(path) if path.is_file() else [])
+    return pd.DataFrame(UnitFolder(unit).rows())
 
 
 def _no_study(folder: Path) -> str:
     """Why a path is not a study's folder, and which one may be meant."""
-    if (folder / "config.json").is_file():
+    if is_unit(folder):
         return f"{folder} is a single run; expected a study's folder (it holds study.json), such as runs/protocol3"
     what = "holds no study.json" if folder.is_dir() else "does not exist"
     line = f"{folder} {what}; expected a study's folder, as python sweeps/run.py makes it"

@@ -5,7 +5,6 @@ Every figure has a function that computes a tidy table and one that draws it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from analysis.house_style import new_figure, style
-from analysis.study import PARAMETER, Study, load_metrics, print_name
+from analysis.study import PARAMETER, Axis, Study, load_metrics, print_name
 
 CURVES = {"loss/total": "training loss", "val/mAP": "mAP on held-out sources, %", "val/oracle": "mAP on the TARGET, %"}
 """Logged scalar -> axis label, of the training curves."""
@@ -79,19 +78,19 @@ def parameter_scores(study: Study, parameter: str) -> pd.DataFrame:
     return table.assign(score=100 * table["score"].astype(float))
 
 
-def draw_parameter(axes: Axes, table: pd.DataFrame, parameter: str, axis: Mapping[str, Any] | None = None) -> Axes:
+def draw_parameter(axes: Axes, table: pd.DataFrame, parameter: str, axis: Axis | None = None) -> Axes:
     """Score over the value of one setting.
 
     `axis` is the setting's entry in the study's space: its bounds and scale become those of the x axis. Choices (and
     values that are no numbers) become places on it.
     """
-    axis = axis or {}
+    axis = axis or Axis()
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in table["value"])
-    if numbers and not axis.get("choices"):
+    if numbers and not axis.choices:
         position = table["value"].astype(float)
         _scale(axes, axis)
     else:
-        places = {str(value): place for place, value in enumerate(axis.get("choices") or sorted(set(table["value"])))}
+        places = {str(value): place for place, value in enumerate(axis.choices or sorted(set(table["value"])))}
         position = table["value"].astype(str).map(places)
         axes.set_xticks(list(places.values()), list(places))
         axes.set_xlim(-0.5, len(places) - 0.5)
@@ -102,10 +101,10 @@ def draw_parameter(axes: Axes, table: pd.DataFrame, parameter: str, axis: Mappin
     return axes
 
 
-def _scale(axes: Axes, axis: Mapping[str, Any]) -> None:
+def _scale(axes: Axes, axis: Axis) -> None:
     """The x axis of a range: its bounds with a little room, its scale, labels that do not run into each other."""
-    low, high = axis.get("low"), axis.get("high")
-    if axis.get("log"):
+    low, high = axis.low, axis.high
+    if axis.log:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
         axes.xaxis.set_major_formatter("{x:g}")
@@ -129,7 +128,7 @@ def parameter_figure(study: Study) -> Figure | None:
     figure, panels = new_figure(rows, columns, width=max(3.0 * columns, 4.0), height=2.6 * rows + 0.4)
     with style():
         for axes, (name, table) in zip(panels.flat, tables.items(), strict=False):
-            draw_parameter(axes, table, name, study.spec.get("space", {}).get(name))
+            draw_parameter(axes, table, name, study.record.space.get(name))
         for axes in panels.flat[len(tables) :]:
             axes.remove()
         for axes in panels[:, 0]:

@@ -2,7 +2,7 @@
 
     python analysis/tables.py runs/protocol3 --format markdown
 
-Rows: the plain baseline, the defaults (trial 0) and the best other trial of the search; see analysis/results.py.
+Rows: the baseline, the defaults (trial 0) and the best other trial of the search; see analysis/comparison.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.comparison import AVERAGE, CONDITIONS, METRICS, protocol_table, published_table
+from analysis.comparison import AVERAGE, BETWEEN, CONDITIONS, METRICS, protocol_table
+from analysis.published import published_table
 from analysis.study import Study, load_study, print_name
 from analysis.text_tables import Grid, as_latex, as_markdown, as_text
 from lda.command import exit_code
@@ -58,11 +59,12 @@ def conditions(study: Study, table: pd.DataFrame) -> list[tuple[str, str]]:
     seeds, splits = int(table["seeds"].max()), int(table["splits"].max())
     usual = study.protocol.num_splits
     fresh = "fresh, never used by the search" if table["confirmed"].all() else "the search's own, nothing is confirmed"
-    each = {key: sorted({word for words in table[key] for word in words.split(", ")}) for key in CONDITIONS}
+    each = {key: sorted({word for words in table[key] for word in words.split(BETWEEN)} - {""}) for key in CONDITIONS}
     flip = {"True": "flip test", "False": "no flip test"}
     rules = [SELECTION_RULES.get(rule, rule) for rule in each["selection"]]
     return [
         ("data", data_line(study.data)),
+        *([("target images", _target_images_line(table))] if "True" in each["target_data"] else []),
         ("selection", "; ".join(rules)),
         ("seeds", f"{seeds} per target ({fresh})"),
         *([("test splits", _splits_line(splits, usual))] if max(splits, usual) > 1 else []),
@@ -82,6 +84,14 @@ def data_line(data: str) -> str:
     return words.get(data, data)
 
 
+def _target_images_line(table: pd.DataFrame) -> str:
+    looked = table["target_data"] != "False"
+    if looked.all():
+        return "every method LOOKED AT unlabelled images of the target: not domain generalisation"
+    methods = ", ".join(dict.fromkeys(table.loc[looked, "method"]))
+    return f"{methods} LOOKED AT unlabelled images of the target, the other rows did not: do not compare the two kinds"
+
+
 def _splits_line(splits: int, usual: int) -> str:
     return f"{splits} per target" + (f", of the protocol's {usual}" if splits < usual else "")
 
@@ -92,16 +102,34 @@ def study_grids(study: Study, table: pd.DataFrame) -> list[Grid]:
     Where targets are tested on several splits, the spread over these comes first, that over seeds in a second table.
     """
     scores = table[table["target"] == AVERAGE]
-    score = f"Selection score: {'; '.join(f'{row.label} {row.score:.1f}' for row in scores.itertuples())}"
+    notes = [f"Selection score: {'; '.join(f'{row.label} {row.score:.1f}' for row in scores.itertuples())}"]
+    notes += _method_notes(scores)
     splits = int(table["splits"].max())
     if splits == 1:
-        grids = [_results_grid(study, table, "_std", "", [score])]
+        grids = [_results_grid(study, table, "_std", "", notes)]
     else:
         title = f"Mean ± standard deviation over the {splits} test splits of a target"
-        grids = [_results_grid(study, table, "_split_std", title, [score])]
+        grids = [_results_grid(study, table, "_split_std", title, notes)]
         if table["mAP_std"].notna().any():
             grids.append(_results_grid(study, table, "_std", "Mean ± standard deviation over seeds", []))
     return [*grids, *([_gain_grid(study, table)] if table["mAP_gain"].notna().any() else [])]
+
+
+def _method_notes(rows: pd.DataFrame) -> list[str]:
+    """What is reconstructed, and what a step costs where methods differ in it."""
+    reconstructed = rows[rows["reconstructed"] != ""].drop_duplicates("method")
+    notes = [
+        f"{row.method}, our reading of what is not published: {row.reconstructed}" for row in reconstructed.itertuples()
+    ]
+    if rows["train_passes"].nunique() > 1:
+        # A method whose rows differ among themselves is told apart by their labels.
+        name = "method" if (rows.groupby("method")["train_passes"].nunique() == 1).all() else "label"
+        passes = rows.drop_duplicates([name, "train_passes"]).sort_values(
+            "train_passes", ascending=False, kind="stable"
+        )
+        listed = ", ".join(f"{row['train_passes']:g} ({row[name]})" for _, row in passes.iterrows())
+        notes.append(f"Equal steps, not equal compute: training passes per image {listed}")
+    return notes
 
 
 def _results_grid(study: Study, table: pd.DataFrame, spread: str, title: str, notes: list[str]) -> Grid:
@@ -119,7 +147,7 @@ def _gain_grid(study: Study, table: pd.DataFrame) -> Grid:
             rows.append([f"{label}, {name}", *(_gain(row, f"{metric}_gain") for _, row in group.iterrows())])
     seeds = int(table["seeds"].max())
     interval = " [95% bootstrap interval]" if seeds > 1 else ""
-    notes = ["Equal steps, not equal compute: a step of LDA is two passes through the network, one of the baseline one"]
+    notes = []
     if 1 < seeds < _FEW_SEEDS:
         notes.append(f"An interval from {seeds} seeds is hardly more than their range: too few to call a gain certain")
     return Grid(
@@ -179,7 +207,7 @@ def _csv(table: pd.DataFrame, poster: pd.DataFrame | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python analysis/tables.py STUDY`: 0 done, 1 failed, 2 bad usage."""
+    """`python analysis/tables.py STUDY`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python analysis/tables.py",
         description="Print a study's protocol table: mAP and Rank-1 per unseen target.",

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from lda.command import cores
 from lda.errors import UsageError
 from lda.groups import Machine
 
@@ -16,7 +17,7 @@ def choose_device(machine: Machine) -> torch.device:
 
     Raises UsageError for a device that is not there.
     """
-    torch.set_num_threads(machine.threads or _allowed_cores())
+    torch.set_num_threads(machine.threads or int(os.environ.get("OMP_NUM_THREADS", cores())))
     name = machine.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,13 +30,6 @@ def choose_device(machine: Machine) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device: {name!r} is not there; this machine has {torch.cuda.device_count()} CUDA device(s)")
     return device
-
-
-def _allowed_cores() -> int:
-    """Cores this process may use: a container or a worker slot may have fewer than the machine."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def forward_context(device: torch.device) -> AbstractContextManager[None]:

@@ -284,6 +284,14 @@ def read_unit(folder: Path) -> Unit:
     return Unit(files, known.unit, known.training, known.config, **vars(named), result=files.result())
 
 
+def training_of(folder: Path) -> str:
+    """The training hash of a unit; "" for a folder whose config.json cannot be read, or is of another version."""
+    try:
+        return read_record(folder / CONFIG, _ConfigFile).training
+    except UsageError:
+        return ""
+
+
 def is_unit(folder: Path) -> bool:
     """Whether this is the folder of a unit."""
     return (folder / CONFIG).is_file()

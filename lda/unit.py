@@ -100,6 +100,8 @@ def _take_over(run: RunFolder, config: Config, trained: Sequence[Path]) -> None:
         return  # oracle validates on its own target while it trains
     for folder in trained:
         theirs = UnitFolder(folder)
+        if folder == run.path or not theirs.checkpoint.exists():
+            continue
         try:
             saved = read_checkpoint(theirs.checkpoint)
             rows = theirs.rows()
@@ -108,7 +110,7 @@ def _take_over(run: RunFolder, config: Config, trained: Sequence[Path]) -> None:
             continue
         if saved.training == run.training and saved.complete:
             run.replace_rows(rows)
-            trained_in = saved.trained_in or f"{folder.parent.name}/{folder.name}"
+            trained_in = saved.trained_in or "/".join(folder.resolve().parts[-3:])
             own = replace(saved, unit=run.unit, config=config, seconds=0.0, trained_in=trained_in)
             own.save(run.checkpoint)
             return

@@ -1,7 +1,7 @@
 """Run a study: python sweeps/run.py --study protocol3
 
-The same command goes on with a study that was interrupted or killed. Exit codes: 0 done, 1 failed, 2 bad usage,
-130 interrupted.
+The same command goes on with a study that was interrupted or killed. Exit codes: 0 done (a table or figure that could
+not be made is a warning), 1 no trial is complete or the study cannot go on, 2 bad usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lda.command import exit_code
 from lda.config import parse_overrides
-from lda.data.catalogue import title
 from lda.errors import UsageError
-from lda.protocols import get_protocol
 from sweeps.list.storage import VARIABLE, has_password, masked, storage_url
 from sweeps.plan.images import is_standin
+from sweeps.plan.preview import preview
 from sweeps.plan.spec import StudySpec, load, resolve, study_file, study_names
 
 if TYPE_CHECKING:
@@ -87,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     given = parser().parse_args(arguments)
+    return exit_code(lambda: _started(given, arguments))
+
+
+def _started(given: argparse.Namespace, arguments: list[str]) -> int:
     try:
         if given.list:
             _list()
@@ -95,11 +99,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(f"--study NAME is missing; one of: {', '.join(study_names())}")
         _hide_password(given, arguments)
         return _run(given, arguments)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # before the coordinator took over
-        return 130
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -132,7 +131,9 @@ def _run(given: argparse.Namespace, arguments: Sequence[str]) -> int:
         return 0
     spec = _spec(given, file, url, folder)
     if given.dry_run:
-        print(_description(name, spec, given, folder, url))
+        data = str(given.data_root) if given.data_root else f"stand-in domains, scale {spec.standin}"
+        where = [("folder", str(folder)), ("storage", masked(url))]
+        print(preview(name, spec, data, given.set, where))
         return 0
     return _coordinate(given, name, spec, folder, url, arguments)
 
@@ -142,9 +143,9 @@ def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> Stud
         settled = {"--set": given.set, "--seed": given.seed is not None, "--trials": given.trials}
         if changed := [option for option, value in settled.items() if value]:
             raise UsageError(f"--join takes the study as it runs; leave out {' and '.join(changed)}")
-        from sweeps.coordinator import running_study
+        from sweeps.list.study import running_study
 
-        return running_study(file.stem, url, folder)[0]
+        return running_study(file.stem, url, folder).spec
     if given.data_root is not None and not given.data_root.is_dir():
         raise UsageError(f"--data-root {given.data_root}: there is no such folder")
     return resolve(
@@ -159,57 +160,23 @@ def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> Stud
 
 
 def _status(name: str, url: str, folder: Path) -> None:
-    from sweeps.coordinator import running_study
+    from sweeps.list.study import running_study
     from sweeps.study_folder import StudyFolder
-    from sweeps.views.display import print_status, snapshot
+    from sweeps.views.display import print_status
+    from sweeps.views.snapshot import snapshot
 
-    spec, budget, search, confirm = running_study(name, url, folder)
-    print_status(snapshot(name, spec, StudyFolder(folder), budget, search, confirm), spec.grace_seconds)
-
-
-def _description(name: str, spec: StudySpec, given: argparse.Namespace, folder: Path, url: str) -> str:
-    protocol, search = get_protocol(spec.protocol), spec.search
-    data = str(given.data_root) if given.data_root else f"stand-in domains, scale {spec.standin}"
-    config = spec.config(spec.targets[0], spec.seed, {})
-    confirmed = (spec.confirm.top + 2) * spec.confirm.seeds
-    lines = [
-        f"study      {name}: {spec.title}",
-        f"data       {data}; preset {spec.preset}",
-        f"training   {config.epochs} epochs of {config.steps_per_epoch} steps, {config.backbone}, "
-        f"{config.image_height} x {config.image_width} pixels",
-        *(
-            f"target     {title(target)} from {', '.join(title(s) for s in protocol.sources(target))}"
-            for target in spec.targets
-        ),
-        f"selection  {spec.selection}",
-        f"search     {search.trials} trials by {search.sampler}, seed {spec.seed}; trial 0 is the defaults",
-        *(f"           {key}: {_axis(spec, key)}" for key in search.space),
-        *(f"fixed      {pair}" for pair in given.set),
-        f"confirm    {confirmed} runs: baseline, defaults, top {spec.confirm.top}; seeds {list(spec.confirm_seeds)}",
-        f"units      {(search.trials + confirmed) * len(spec.targets)} (one per target)",
-        f"cost       {spec.cost}",
-        f"folder     {folder}",
-        f"storage    {masked(url)}",
-    ]
-    return "\n".join(lines)
-
-
-def _axis(spec: StudySpec, key: str) -> str:
-    axis, default = spec.search.space[key], spec.defaults[key]
-    if axis.choices:
-        values = f"one of {list(axis.choices)}"
-    else:
-        step = f", step {axis.step:g}" if axis.step else ""
-        values = f"{axis.low:g} to {axis.high:g}{', log' if axis.log else ''}{step}"
-    return f"{values}; default {default}"
+    found = running_study(name, url, folder)
+    now = snapshot(name, found.spec, StudyFolder(folder), found.budget, found.search, found.confirm)
+    print_status(now, found.spec.grace_seconds)
 
 
 def _coordinate(
     given: argparse.Namespace, name: str, spec: StudySpec, folder: Path, url: str, arguments: Sequence[str]
 ) -> int:
-    from sweeps.coordinator import Coordinator, Plan, report
+    from sweeps.coordinator import Coordinator, Plan
     from sweeps.crew.processes import StudyError
     from sweeps.crew.slots import plan_slots
+    from sweeps.finish import finish
     from sweeps.plan.images import prepare_data
     from sweeps.study_folder import StudyFolder
     from sweeps.views.display import status_line
@@ -221,7 +188,7 @@ def _coordinate(
         folder=StudyFolder(folder.resolve()),
         data=prepare_data(spec, given.data_root),
         storage=url,
-        slots=tuple(plan_slots(given.workers, config.threads, config.device)),
+        slots=tuple(plan_slots(given.workers, config.machine.threads, config.machine.device)),
         command=_as_typed(given, arguments),
     )
     _announce(plan, given.set)
@@ -235,19 +202,11 @@ def _coordinate(
         print(f"interrupted; everything finished is kept. Go on with:\n  {plan.command}", file=sys.stderr)
         return 130
     now = coordinator.look()
-    complete = now.complete > 0
-    figures = ["analysis.buffer_bank", str(folder), "--output", str(folder / "figures")]
-    failed = report([["analysis.tables", str(folder)], figures] if complete else [])
-    for line in failed:
-        print(f"warning: {line}", file=sys.stderr)
-    if complete and not failed:
-        from sweeps.dashboard import log_study  # pandas and wandb: only now
-
-        log_study(name, spec, plan.folder, plan.data.kind)
+    finish(name, spec, plan.folder, plan.data.kind, complete=now.complete > 0)
     for line in now.failures:
         print(f"given up: {line}", file=sys.stderr)
     print(f"{name}: {status_line(now)}; {folder}")
-    return 0 if complete else 1
+    return 0 if now.complete else 1
 
 
 def _as_typed(given: argparse.Namespace, arguments: Sequence[str]) -> str:

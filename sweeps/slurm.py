@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lda.command import exit_code
 from lda.errors import UsageError
 from sweeps.list.storage import VARIABLE, has_password
 from sweeps.run import parser as run_parser
@@ -61,13 +62,10 @@ def slurm_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 submitted (with --wait: every task done), 1 a task failed, 2 bad usage."""
+    """Entry point. Exit codes: 0 submitted (with --wait: every task done), 1 a task failed, 2 bad usage,
+    130 interrupted (the tasks go on)."""
     given = parser().parse_args(arguments)
-    try:
-        return _submit(given)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: _submit(given))
 
 
 def _submit(given: argparse.Namespace) -> int:

@@ -1,12 +1,13 @@
 """The folder of a study, runs/<study>/, and what the sweep itself keeps there.
 
 study.json                  the resolved study, its command and versions; written by the coordinator
-trial-0007/trial.json       one configuration: parameters, state, score, units; a view of the database, see mirror.py
+trial-0007/trial.json       one configuration: parameters, state, score, units; of the database, see trial_files.py
 trial-0007/<target>-s0/     one unit, written by lda.trainer
 trial-baseline/             the plain baseline of the confirmation
-events.jsonl                what happened, one line each, appended by everyone
+events.jsonl                what happened, one `Event` a line, appended by everyone
 workers/<id>.json, .lock    what a worker does now; it holds the lock while it lives, so a free lock is a dead worker
 workers/<host>-<slot>.log   what a worker printed
+table.csv, figures/         of the finished study, see finish.py
 """
 
 from __future__ import annotations
@@ -15,16 +16,33 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
+from lda.errors import UsageError
 from lda.files import read_json, write_json
-from lda.runs import finished, read_unit, unit_folders
+from lda.runs import finished, read_unit, training_of, unit_folders
+
+FORMAT = 2
+"""Version of study.json and of the attributes of an Optuna study; 1 had none."""
 
 BASELINE = "trial-baseline"
+
+EventKind = Literal[
+    "started", "unit", "complete", "pruned", "failed", "interrupted", "waiting", "worker", "retry", "limit"
+]
+"""What happened: to a trial (started to interrupted), to a unit that is done or waits for room on its disk, to a worker
+that ended by itself, to a trial that is tried again, or to a search that a limit of its study file ended."""
+
+
+def check_format(found: object, where: str) -> None:
+    """Raises UsageError for a study of another version; `where` names it."""
+    if found != FORMAT:
+        version = "an older version" if found is None else f"another version (format {found!r}, this one's is {FORMAT})"
+        raise UsageError(f"{where} was made by {version} of this project; give another --output or study name")
 
 
 def trial_name(number: int) -> str:
@@ -38,6 +56,27 @@ def unit_name(target: str, seed: int) -> str:
 
 
 @dataclass(frozen=True)
+class Event:
+    """One line of events.jsonl. `worker` is the id of who tells it, empty for the coordinator."""
+
+    time: datetime
+    kind: EventKind
+    text: str
+    worker: str = ""
+
+    def line(self) -> bytes:
+        """As it stands in the file."""
+        row = {"time": self.time.isoformat(timespec="seconds"), "worker": self.worker, "kind": self.kind}
+        return json.dumps({**row, "text": self.text}).encode() + b"\n"
+
+    @classmethod
+    def read(cls, line: bytes) -> Event:
+        """What `line` wrote."""
+        row = json.loads(line)
+        return cls(datetime.fromisoformat(row["time"]), row["kind"], row["text"], row["worker"])
+
+
+@dataclass(frozen=True)
 class StudyFolder:
     """Paths, and the small files shared by the processes of a study."""
 
@@ -47,6 +86,16 @@ class StudyFolder:
     def workers(self) -> Path:
         """Folder of the workers' status, locks and logs."""
         return self.path / "workers"
+
+    @property
+    def table(self) -> Path:
+        """The protocol table of the finished study."""
+        return self.path / "table.csv"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the finished study's figures."""
+        return self.path / "figures"
 
     def unit(self, trial: str, target: str, seed: int) -> Path:
         """Folder of one unit."""
@@ -60,12 +109,48 @@ class StudyFolder:
                     return folder
         return None
 
-    def event(self, text: str, worker: str = "") -> None:
+    def trained(self, training: str) -> list[Path]:
+        """Units that learnt, or learn, what this training hash names: of this study, then of its neighbours."""
+        studies = [self.path, *sorted(path for path in self.path.parent.glob("*") if path != self.path)]
+        trials = [trial for study in studies for trial in sorted(study.glob("trial-*"))]
+        units = [unit for trial in trials for unit in unit_folders(trial) if not unit.is_symlink()]
+        return [unit for unit in units if training_of(unit) == training]
+
+    # --- study.json --------------------------------------------------------------------------------------------------
+
+    def read_study(self) -> dict[str, Any] | None:
+        """The content of study.json; None before the study was begun. Raises UsageError for another version's."""
+        path = self.path / "study.json"
+        if not path.exists():
+            return None
+        content = read_json(path)
+        check_format(content.get("format"), str(path))
+        return content
+
+    def write_study(self, content: Mapping[str, Any]) -> None:
+        """Write study.json."""
+        write_json(self.path / "study.json", {"format": FORMAT, **content})
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    def event(self, kind: EventKind, text: str, worker: str = "") -> None:
         """Append one line to events.jsonl; a line is far below the size that appends keep whole."""
         self.path.mkdir(parents=True, exist_ok=True)
-        row = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "worker": worker, "text": text}
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with (self.path / "events.jsonl").open("ab") as file:
+            file.write(Event(datetime.now().astimezone(), kind, text, worker).line())
+
+    def events(self, start: int = 0) -> tuple[list[Event], int]:
+        """(the events from byte `start` on, the byte after them). A line that is half written is left for later."""
+        path = self.path / "events.jsonl"
+        if not path.exists():
+            return [], start
+        with path.open("rb") as file:
+            file.seek(start)
+            text = file.read()
+        complete = text[: text.rfind(b"\n") + 1]
+        return [Event.read(line) for line in complete.splitlines()], start + len(complete)
+
+    # --- workers -----------------------------------------------------------------------------------------------------
 
     def statuses(self) -> list[dict[str, Any]]:
         """What every worker here said last, and when it was last alive (seconds since the epoch), by worker."""

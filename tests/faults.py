@@ -34,7 +34,7 @@ from studies import Command, children_of, log_of, wait_for
 
 from lda.files import read_json
 from lda.runs import environment
-from sweeps.list.ledger import Entry, entries, fault
+from sweeps.list.ledger import Configuration, configurations, fault
 from sweeps.list.storage import open_storage, storage_url
 
 STEPS = 40
@@ -447,28 +447,28 @@ def strike(name: str, folder: Path, data_root: Path, play: Callable[[Arena], Pla
         with Watch(folder) as watch:
             injected, commands, code = (play or FAULTS[name])(arena)
         known = _entries(arena, commands[0])
-        ended = all(entry.ended(RETRIES) for entry in known)
-        given_up = [entry for entry in known if entry.given_up(RETRIES)]
-        assert all(fault(entry.last)[1] for entry in given_up)
+        ended = all(configuration.ended(RETRIES) for configuration in known)
+        given_up = [configuration for configuration in known if configuration.given_up(RETRIES)]
+        assert all(fault(configuration.last)[1] for configuration in given_up)
         return Outcome(
             fault=name,
             injected=injected,
             lost=len(watch.lost),
             twice=len(watch.twice | {path for command in commands for path in _repeated(command.study)}),
-            running=sum(a.state == TrialState.RUNNING for entry in known for a in entry.attempts),
+            running=sum(a.state == TrialState.RUNNING for configuration in known for a in configuration.attempts),
             finished=ended and code == 0,
             failed=len(given_up),
-            retried=sum(len(entry.attempts) - 1 for entry in known),
+            retried=sum(len(configuration.attempts) - 1 for configuration in known),
             seconds=time.monotonic() - began,
         )
 
 
-def _entries(arena: Arena, command: Command) -> list[Entry]:
+def _entries(arena: Arena, command: Command) -> list[Configuration]:
     storage = open_storage(storage_url(arena.url, command.study), 60, 180)
     return [
-        entry
+        configuration
         for name in optuna.study.get_all_study_names(storage)
-        for entry in entries(optuna.load_study(study_name=name, storage=storage).get_trials())
+        for configuration in configurations(optuna.load_study(study_name=name, storage=storage).get_trials())
     ]
 
 

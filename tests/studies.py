@@ -121,10 +121,10 @@ def _processes() -> list[int]:
 
 
 def log_of(pid: int) -> str:
-    """Where a worker's stdout goes: its log in the study's folder. Other processes: nothing of interest."""
+    """Where a worker's stderr goes: its log in the study's folder. Other processes: nothing of interest."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return os.readlink(f"/proc/{pid}/fd/1") if b"sweeps.crew.worker" in command else ""
+        return os.readlink(f"/proc/{pid}/fd/2") if b"sweeps.crew.worker" in command else ""
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return ""
 

@@ -135,7 +135,8 @@ def write_study(
 ) -> Path:
     """A finished study: trial i has selection score scores[i] and test mAP scores[i] - 0.2 (+ 0.01 per seed).
 
-    With confirmation the defaults, the best other trial and the baseline (mAP 0.2, + 0.02 per seed) are rerun.
+    With confirmation the defaults, the best other trial and the baseline (mAP 0.2, + 0.02 per seed) are rerun. `unit`:
+    what all trials' units share, see `a_result`; the baseline has its data and selection only.
     """
     targets = PROTOCOLS[protocol].targets
     write_json(
@@ -176,7 +177,8 @@ def write_study(
         trial = folder / "trial-baseline"
         for target in targets:
             for seed in confirm_seeds:
-                values = {"mAP": 0.2 + 0.02 * seed, "score": 0.4, "seed": seed, "method": "baseline", **unit}
+                shared = {key: unit[key] for key in ("data", "selection") if key in unit}
+                values = {"mAP": 0.2 + 0.02 * seed, "score": 0.4, "seed": seed, "method": "baseline", **shared}
                 write_unit(trial / f"{target}-s{seed}", target, protocol=protocol, **values)
         write_trial(trial, None, None, [f"{target}-s{seed}" for target in targets for seed in confirm_seeds])
     return folder

@@ -1,4 +1,4 @@
-"""analysis.banks and analysis.buffer_bank: statistics against loops, figures by their artists."""
+"""analysis.bank_numbers and analysis.buffer_bank: statistics against loops, figures by their artists."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from analysis.bank_numbers import (
     read_bank,
 )
 from analysis.buffer_bank import bank_figure, distance_figure, draw_curves, draw_distances, open_source
-from analysis.house_style import new_figure, save
+from analysis.house_style import colour, marker, new_figure, save
 from lda.errors import UsageError
+from lda.protocols import DATASETS
 
 ROOT = Path(__file__).parent.parent
 DOMAINS = ("market1501", "cuhk02", "cuhk03", "cuhk_sysu")
@@ -238,13 +239,36 @@ def test_the_default_unit_while_nothing_is_complete(tmp_path: Path) -> None:
 
 def test_a_run_without_a_bank_is_explained(tmp_path: Path) -> None:
     write_unit(tmp_path / "baseline", "msmt17", method="baseline")
-    with pytest.raises(UsageError, match="the plain baseline has none"):
+    with pytest.raises(UsageError, match=r"holds no buffer_bank\.npz: this run's method keeps no bank"):
         open_source(tmp_path / "baseline")
     write_unit(tmp_path / "running", "msmt17", finished=False)
     with pytest.raises(UsageError, match="the run is not finished"):
         open_source(tmp_path / "running")
     write_bank(tmp_path / "running" / "buffer_bank.npz", DOMAINS)
     assert "data unknown" in open_source(tmp_path / "running").title
+
+
+def test_any_method_may_keep_a_bank(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", method="meta", bank=True, scores=(0.5, 0.6))
+    assert open_source(folder).unit == folder / "trial-0001" / "cuhk03-s0"
+    assert open_source(folder / "trial-0000" / "msmt17-s0").bank.layers == list(LAYERS)
+
+
+def test_a_study_without_banks_is_explained(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", method="baseline", confirm_seeds=(1,))
+    with pytest.raises(UsageError, match=r"holds no buffer_bank\.npz: a run of plain BN keeps no bank"):
+        open_source(folder)
+    for path in folder.glob("trial-*/*/result.json"):
+        path.unlink()
+    with pytest.raises(UsageError, match=r"holds no buffer_bank\.npz yet"):
+        open_source(folder)
+
+
+def test_an_eleventh_data_set_has_a_look_too() -> None:
+    looks = {(colour("none of ours", place), marker("none of ours", place)) for place in range(10)}
+    assert len(looks) == len({look[0] for look in looks}) == len({look[1] for look in looks}) == 10
+    assert colour("none of ours", 10) == colour("none of ours", 0)
+    assert {colour(name, 3) for name in DATASETS} <= {look[0] for look in looks}
 
 
 def test_the_command_writes_figures_and_numbers(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from study_files import write_json, write_study, write_trial, write_unit
 
 from analysis import report
 from analysis.house_style import new_figure
-from analysis.study import Study, load_study
+from analysis.study import Axis, Study, load_study
 from analysis.study_figures import (
     draw_history,
     draw_parameter,
@@ -79,7 +79,7 @@ def test_parameters_with_the_scale_of_the_study(study: Study) -> None:
     table = parameter_scores(study, "alignment_weight")
     assert table["number"].tolist() == [0, 1, 2]
     assert table["value"].iloc[0] == 0.1
-    space = study.spec["space"]
+    space = study.record.space
     axes = one_axes()
     assert draw_parameter(axes, table, "alignment_weight", space["alignment_weight"]) is axes
     assert axes.get_xscale() == "log"
@@ -94,7 +94,7 @@ def test_choices_are_places_on_the_axis() -> None:
     values = [True, False, True]
     table = pd.DataFrame({"number": [0, 1, 2], "origin": ["default", "search", "search"], "value": values})
     table["score"] = [50.0, 51.0, 52.0]
-    axes = draw_parameter(one_axes(), table, "flip_test", {"choices": [False, True]})
+    axes = draw_parameter(one_axes(), table, "flip_test", Axis(choices=(False, True)))
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["False", "True"]
     assert points(axes, "trial") == [(0, 51), (1, 52)]
     unknown_axis = draw_parameter(one_axes(), table.assign(value=["w2", "kl", "w2"]), "distance", None)

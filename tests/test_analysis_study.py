@@ -1,7 +1,8 @@
-"""analysis.records on small study folders in the real format."""
+"""analysis.study on small study folders in the real format."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 from study_files import write_json, write_study, write_trial, write_unit
 
-from analysis.study import load_metrics, load_study, print_name
+from analysis.comparison import CONDITIONS
+from analysis.study import METRIC_NAMES, load_metrics, load_study, print_method, print_name
 from lda.errors import UsageError
+from lda.runs import Result
 
 
 def test_a_study_becomes_tables(tmp_path: Path) -> None:
@@ -95,14 +98,73 @@ def test_what_is_no_study_is_explained(tmp_path: Path) -> None:
     (folder / "trial-0000" / "trial.json").write_text("{")
     with pytest.raises(UsageError, match=r"trial\.json: expected a JSON file"):
         load_study(folder)
-    write_json(folder / "study.json", {"study": "protocol3", "protocol": "protocol9"})
-    with pytest.raises(UsageError, match=r"study\.json: protocol 'protocol9'"):
+    spec = json.loads((folder / "study.json").read_text())
+    write_json(folder / "study.json", {**spec, "protocol": "protocol9"})
+    with pytest.raises(UsageError, match=r"study\.json: unknown protocol 'protocol9' \(did you mean"):
         load_study(folder)
+    write_json(folder / "study.json", {**spec, "targets": "cuhk03"})
+    with pytest.raises(UsageError, match=r"study\.json: targets: expected .*array.*, got 'cuhk03'"):
+        load_study(folder)
+    write_json(folder / "study.json", {key: value for key, value in spec.items() if key != "space"})
+    with pytest.raises(UsageError, match=r"study\.json: space is missing$"):
+        load_study(folder)
+
+
+def test_trial_files_are_checked_key_by_key(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "protocol3", scores=(0.5,))
+    path = folder / "trial-0000" / "trial.json"
+    trial = json.loads(path.read_text())
+    write_json(path, {**trial, "origin": "defaults"})
+    with pytest.raises(UsageError, match=r"trial\.json: origin: unknown value 'defaults' \(did you mean 'default'\?\)"):
+        load_study(folder)
+    write_json(path, {key: value for key, value in trial.items() if key != "confirm_units"})
+    with pytest.raises(UsageError, match=r"trial\.json: confirm_units is missing$"):
+        load_study(folder)
+
+
+def test_files_of_an_older_version_are_told_in_one_line(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "protocol3", scores=(0.5,))
+    for path in (
+        folder / "trial-0000" / "cuhk03-s0" / "result.json",
+        folder / "trial-0000" / "cuhk03-s0" / "config.json",
+        folder / "study.json",
+    ):
+        content = json.loads(path.read_text())
+        del content["format"]
+        write_json(path, content)
+        with pytest.raises(UsageError) as told:
+            load_study(folder)
+        expected = f"{path} was written by an older version (format 1); run it again, or use the version that wrote it"
+        assert str(told.value) == expected
+
+
+def test_a_column_for_every_plain_entry_of_a_result(tmp_path: Path) -> None:
+    """Finished or not: the names are those of lda.runs."""
+    finished = load_study(write_study(tmp_path / "finished")).units
+    running = write_study(tmp_path / "running", scores=())
+    write_unit(running / "trial-0000" / "cuhk03-s0", "cuhk03", finished=False)
+    write_trial(running / "trial-0000", 0, None, ["cuhk03-s0"], state="running")
+    empty = load_study(write_study(tmp_path / "empty", scores=())).units
+    assert set(finished.columns) == set(load_study(running).units.columns) == set(empty.columns)
+    unit = finished.iloc[0]
+    result = Result.read(unit["path"])
+    for field in dataclasses.fields(Result):
+        value = getattr(result, field.name)
+        if field.name not in ("unit", "selection") and isinstance(value, str | int | float | bool):
+            assert unit[field.name] == value, field.name
+    assert (unit["train_passes"], unit["test_forwards"], unit["test"]) == (2.0, 4.0, "vector")
+    assert set(METRIC_NAMES) | set(CONDITIONS) <= set(finished.columns)
 
 
 def test_print_name() -> None:
     assert print_name("market1501") == "Market-1501"
     assert print_name("my_own_set") == "my_own_set"
+
+
+def test_methods_are_marked_where_a_reader_must_know_more() -> None:
+    assert print_method("LDA", "", False) == "LDA"
+    assert print_method("RaMoE", "the router", False) == "RaMoE [reconstruction]"
+    assert print_method("MDA", "the latent mode", True) == "MDA [reconstruction, target images]"
 
 
 def test_reading_needs_no_heavy_package() -> None:

@@ -1,4 +1,4 @@
-"""analysis.results, analysis.grids and analysis.tables: numbers against slow loops, words against what must be said."""
+"""analysis.comparison, text_tables and tables: numbers against slow loops, words against what must be said."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import pytest
 from study_files import write_study, write_trial, write_unit
 
-from analysis import tables
-from analysis.comparison import PUBLISHED, bootstrap_interval, protocol_table, published_table
+from analysis import buffer_bank, comparison, report, tables
+from analysis.comparison import bootstrap_interval, protocol_table
+from analysis.published import PUBLISHED, published_table
 from analysis.tables import render
 from analysis.text_tables import Grid, as_latex, as_markdown, as_text
+from lda.data.catalogue import names
 from lda.errors import UsageError
-from lda.protocols import DATASETS, PROTOCOLS
+from lda.protocols import PROTOCOLS
+from lda.runs import Cost
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("cuhk03", "msmt17", "market1501")
@@ -169,6 +173,71 @@ def test_oracle_and_real_data_are_named(tmp_path: Path) -> None:
     assert "STAND-IN" not in text
 
 
+def test_the_conditions_and_labels_of_a_study_of_lda(tmp_path: Path) -> None:
+    lines = render(write_study(tmp_path / "study", confirm_seeds=(1,))).splitlines()
+    assert lines[:9] == [
+        "Protocol-3, study study",
+        "  data           STAND-IN (drawn pedestrians, no real data set: not comparable with published numbers)",
+        "  selection      source_validation (held-out source identities; the target is never looked at)",
+        "  seeds          1 per target (fresh, never used by the search)",
+        "  inference      fused, no flip test",
+        "  CUHK03 images  labeled boxes, new protocol",
+        "  numbers        percent",
+        "  mAP            average precision by step",
+        "",
+    ]
+    assert [line.split("  ")[0] for line in lines[12:15]] == [
+        "baseline, plain BN",
+        "LDA, defaults (trial 0)",
+        "LDA, best of 3 (trial 1)",
+    ]
+    assert "  Equal steps, not equal compute: training passes per image 2 (LDA), 1 (plain BN)" in lines
+
+
+def test_another_method_appears_under_its_own_name(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", confirm_seeds=(1,), method="meta", cost=Cost(1.0, 4.0, "vector"))
+    text = render(folder)
+    for label in ("baseline, plain BN", "META, defaults (trial 0)", "META, best of 3 (trial 1)"):
+        assert f"\n{label}  " in text
+    assert "LDA" not in text
+    assert text.count("plain BN") == 2  # its row, its selection score
+    assert "Equal steps" not in text
+    assert "  inference      no flip test\n" in text
+
+
+def test_a_method_compared_with_itself_is_told_apart_by_its_rows(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study")
+    for target in TARGETS:
+        write_unit(folder / "trial-0001" / f"{target}-s0", target, cost=Cost(1.0, 1.0, "vector"))
+    note = "training passes per image 2 (LDA, defaults (trial 0)), 1 (LDA, best of 3 (trial 1))"
+    assert note in " ".join(render(folder).split())
+
+
+@pytest.mark.parametrize("format", ["text", "markdown", "latex", "csv"])
+def test_who_looked_at_the_target_is_marked(tmp_path: Path, format: str) -> None:
+    folder = write_study(tmp_path / "study", confirm_seeds=(1,), method="mda", target_data=True)
+    text = " ".join(render(folder, format).replace("\\_", "_").split())
+    assert "MDA [target images], defaults (trial 0)" in text
+    if format == "csv":
+        rows = pd.read_csv(io.StringIO(render(folder, format)))
+        assert rows.groupby("configuration")["target_data"].unique().explode().to_dict() == {
+            "baseline": False,
+            "best": True,
+            "default": True,
+        }
+        return
+    assert "target images" in text
+    assert "MDA [target images] LOOKED AT unlabelled images of the target, the other rows did not" in text
+    alone = render(write_study(tmp_path / "alone", method="mda", target_data=True), format)
+    assert "every method LOOKED AT unlabelled images of the target" in alone
+
+
+def test_a_reconstruction_says_what_it_is(tmp_path: Path) -> None:
+    text = render(write_study(tmp_path / "study", method="ramoe", reconstructed="the router"), "markdown")
+    assert "| RAMOE [reconstruction], defaults (trial 0) |" in text
+    assert text.count("- RAMOE [reconstruction], our reading of what is not published: the router\n") == 1
+
+
 def test_text_is_aligned_and_fits_a_terminal(tmp_path: Path) -> None:
     lines = render(write_study(tmp_path / "study", confirm_seeds=(1, 2))).splitlines()
     start = next(i for i, line in enumerate(lines) if line.lstrip().startswith("CUHK03  "))
@@ -245,7 +314,7 @@ def test_published_rows_only_on_request_and_labelled(tmp_path: Path) -> None:
 def test_published_numbers_are_whole_and_their_averages_known() -> None:
     published = pd.read_csv(PUBLISHED)
     assert len(published) == 101
-    assert set(published["target"]) - {"average"} <= set(DATASETS)
+    assert set(published["target"]) - {"average"} <= set(names())
     wrong = []
     for name in ("protocol1", "protocol2", "protocol3"):
         rows = published_table(name)
@@ -278,6 +347,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith("error: ")
     assert bad.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [tables, report, buffer_bank])
+def test_an_interrupted_command_says_so(command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    for module in (comparison, tables, report, buffer_bank):
+        monkeypatch.setattr(module, "load_study", interrupted)
+    assert command.main([str(write_study(tmp_path / "protocol3"))]) == 130
 
 
 def test_the_command_on_a_disk_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from postgres import free_port
 
-from sweeps.list.jobs import enqueue_first_points
 from sweeps.list.ledger import Budget, Ledger
-from sweeps.list.storage import create_or_load, open_storage, storage_url
+from sweeps.list.storage import open_storage, storage_url
+from sweeps.list.study import create_or_load, enqueue_first_points
 from sweeps.plan.space import distributions
 from sweeps.plan.spec import load, resolve, study_file
 

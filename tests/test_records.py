@@ -1,17 +1,19 @@
-"""Records, `load_dataset`'s arguments, and the shared looking-up and counting of lda/data/tree.py."""
+"""Records, `load_dataset`'s arguments, and the shared looking-up and counting of lda/data/survey.py."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import trees
 
 from lda.data import ImageRecord, load_dataset
-from lda.data.survey import Count, Grammar, Severity, Survey, child, is_clutter
+from lda.data.survey import Count, Grammar, Severity, Survey, child, content_hash, is_clutter
 from lda.errors import UsageError
 
 
@@ -128,7 +130,7 @@ def test_count_of_records() -> None:
 
 
 def test_what_is_refused_depends_on_strictness(tmp_path: Path) -> None:
-    survey = Survey("market1501", tmp_path)
+    survey = Survey("market1501", "Market-1501", tmp_path)
     survey.note("a")
     survey.warn("b")
     survey.strict("c")
@@ -139,8 +141,95 @@ def test_what_is_refused_depends_on_strictness(tmp_path: Path) -> None:
 
 
 def test_same_file_in_query_and_gallery_under_two_cameras(tmp_path: Path) -> None:
-    survey = Survey("market1501", tmp_path)
+    survey = Survey("market1501", "Market-1501", tmp_path)
     path = tmp_path / "a.jpg"
     survey.check_queries([ImageRecord(path, 1, 0)], [ImageRecord(path, 1, 1), ImageRecord(tmp_path / "b.jpg", 1, 1)])
     assert [finding.severity for finding in survey.findings] == [Severity.ERROR]
     assert "query and gallery image under different cameras" in survey.findings[0].text
+
+
+# --- content hash of real data ---------------------------------------------------------------------------------------
+MARKET_PARTS = ("bounding_box_train", "query", "bounding_box_test")
+
+
+def _hashes(root: Path) -> tuple[str, str]:
+    with pytest.warns(UserWarning, match="expected"):
+        dataset = load_dataset("market1501", root, strict=False)
+    assert not dataset.standin
+    return dataset.data_hash, dataset.test_hash
+
+
+def test_content_hash_by_hand(tmp_path: Path) -> None:
+    """The lines of the docstring, written by hand."""
+    trees.market1501(tmp_path)
+    folder = tmp_path / "Market-1501-v15.09.15"
+    lines: dict[str, list[str]] = {}
+    for part in MARKET_PARTS:
+        for path in (folder / part).glob("*_c*.jpg"):
+            pid, camera = path.name.split("_")[0], path.name.split("_")[1][1]
+            if pid != "-1":
+                size = len(path.read_bytes())
+                lines.setdefault(part, []).append(f"{part}/{path.name} {size} {int(pid)} {int(camera) - 1}\n")
+    texts = [f"{len(lines[part])}\n{''.join(sorted(lines[part]))}" for part in MARKET_PARTS]
+    expected = [hashlib.sha256("".join(chosen).encode()).hexdigest() for chosen in (texts, texts[1:])]
+    assert _hashes(tmp_path) == tuple(expected)
+
+
+def test_content_hash_knows_names_and_sizes_and_nothing_of_the_place(tmp_path: Path) -> None:
+    trees.market1501(tmp_path / "here")
+    before = _hashes(tmp_path / "here")
+    folder = tmp_path / "here/Market-1501-v15.09.15"
+    assert _hashes(folder) == before  # the set's own folder as root
+    for path in folder.rglob("*.jpg"):
+        os.utime(path, ns=(1, 1))
+    (folder / "bounding_box_test/.DS_Store").write_bytes(b"clutter")
+    shutil.copytree(tmp_path / "here", tmp_path / "there/deeper")
+    (tmp_path / "link").symlink_to(tmp_path / "there/deeper")
+    assert _hashes(tmp_path / "there/deeper") == _hashes(tmp_path / "link") == before
+
+
+@pytest.mark.parametrize("part", MARKET_PARTS)
+@pytest.mark.parametrize("change", ["added", "removed", "resized", "renamed"])
+def test_content_hash_changes_with_the_files(tmp_path: Path, part: str, change: str) -> None:
+    trees.market1501(tmp_path)
+    before = _hashes(tmp_path)
+    path = sorted((tmp_path / "Market-1501-v15.09.15" / part).glob("0*_c1*.jpg" if part != "query" else "*.jpg"))[0]
+    other = path.with_name(path.name.replace("_00.jpg", "_07.jpg").replace("_01.jpg", "_07.jpg"))
+    if change == "added":
+        shutil.copy(path, other)
+    elif change == "renamed":
+        path.rename(other)
+    elif change == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes() + b"x")
+    after = _hashes(tmp_path)
+    assert after[0] != before[0]
+    assert (after[1] == before[1]) == (part == "bounding_box_train")
+
+
+def test_content_hash_knows_who_is_where(tmp_path: Path) -> None:
+    """The same images divided otherwise, or of another person, are other data."""
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        path.write_bytes(b"image")
+    one, two = (ImageRecord(path, 1, 0) for path in paths)
+    lists = [[[one], [two]], [[two], [one]], [[one, two], []], [[one], [dataclasses.replace(two, pid=2)]]]
+    assert len({content_hash(parts, tmp_path) for parts in lists}) == 4
+    assert content_hash([[one, two]], tmp_path) == content_hash([[two, one]], tmp_path)
+
+
+def test_content_hash_of_unpacked_images_is_that_of_their_archive(tmp_path: Path) -> None:
+    """PNG files written here differ in size between machines; the release does not."""
+    archive = tmp_path / "set/release.mat"
+    archive.parent.mkdir()
+    archive.write_bytes(b"release")
+    hashes = set()
+    for place, size in (("cache-1", 1), ("cache-2", 2)):
+        path = tmp_path / place / "1.png"
+        path.parent.mkdir()
+        path.write_bytes(bytes(size))
+        hashes.add(content_hash([[ImageRecord(path, 1, 0)]], tmp_path / "set", archive))
+    assert len(hashes) == 1
+    archive.write_bytes(b"another release")
+    assert content_hash([[ImageRecord(path, 1, 0)]], tmp_path / "set", archive) not in hashes

@@ -13,8 +13,11 @@ import pytest
 import trees
 
 from lda.data import load_dataset
+from lda.data.catalogue import find
+from lda.data.options import DataOptions
 from lda.data.records import ImageRecord
-from lda.data.sources import EvaluationSet, SourceDomain, Task, _queries, build_task, evaluation_set, evaluation_splits
+from lda.data.sources import EvaluationSet, SourceDomain, Target, Task, _queries, build_task, evaluation_splits
+from lda.data.survey import Count
 from lda.errors import UsageError
 from lda.protocols import PROTOCOLS
 
@@ -29,9 +32,11 @@ def test_sources_and_target(tiny_sets: Path, protocol: str, target: str) -> None
     task = build_task(protocol, target, tiny_sets)
     assert tuple(source.name for source in task.sources) == PROTOCOLS[protocol].sources(target)
     dataset = load_dataset(target, tiny_sets)
-    assert task.test == EvaluationSet(target, dataset.query, dataset.gallery, camera_rule=True)
+    assert task.test_splits == (EvaluationSet(target, dataset.query, dataset.gallery, camera_rule=True),)
     assert task.validation == ()
-    assert (task.standin, task.data_hash) == (True, "0123abcd")
+    assert task.content.standin
+    assert task.content.target == "0123abcd"
+    assert task.content.sources == dict.fromkeys(PROTOCOLS[protocol].sources(target), "0123abcd")
     assert set(task.versions) == {*PROTOCOLS[protocol].sources(target), target}
     for source in task.sources:
         assert source.labels.dtype == np.int64
@@ -44,7 +49,7 @@ def test_training_part_only_in_protocol_2(tiny_sets: Path) -> None:
     sources = _by_name(build_task("protocol2", "cuhk03", tiny_sets))
     for name, source in sources.items():
         assert set(source.records) == set(load_dataset(name, tiny_sets).train)
-    both = _by_name(build_task("protocol2", "cuhk03", tiny_sets, msmt17_train="train+val"))
+    both = _by_name(build_task("protocol2", "cuhk03", tiny_sets, DataOptions(msmt17_train="train+val")))
     assert len(both["msmt17"].records) == len(sources["msmt17"].records) + 3
 
 
@@ -184,12 +189,65 @@ def test_all_missing_sets_are_reported_at_once(tiny_sets: Path, tmp_path: Path) 
         build_task("protocol3", "cuhk03", tmp_path / "gone")
 
 
-def test_evaluation_set(tiny_sets: Path) -> None:
-    assert evaluation_set("market1501", tiny_sets) == build_task("protocol2", "market1501", tiny_sets).test
-    detected = evaluation_set("cuhk03", tiny_sets, cuhk03_boxes="detected")
-    assert "detected" in detected.query[0].path.parts
+def test_a_target_alone(tiny_sets: Path) -> None:
+    task = build_task("protocol2", "market1501", tiny_sets)
+    target = evaluation_splits("market1501", tiny_sets)
+    assert target == Target(task.test_splits, "v15.09.15", "0123abcd", standin=True)
+    detected = evaluation_splits("cuhk03", tiny_sets, DataOptions(cuhk03_boxes="detected"))
+    assert detected.version == "detected"
+    assert "detected" in detected.splits[0].query[0].path.parts
     with pytest.raises(UsageError, match="CUHK-SYSU has no query and gallery"):
-        evaluation_set("cuhk_sysu", tiny_sets)
+        evaluation_splits("cuhk_sysu", tiny_sets)
+
+
+# --- stand-in or real ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("entrance", ["root", "own folder", "link to the own folder"])
+def test_drawn_pictures_are_called_so_from_every_entrance(standin_tiny: Path, tmp_path: Path, entrance: str) -> None:
+    own = standin_tiny / "Market-1501-v15.09.15"
+    (tmp_path / "Market-1501-v15.09.15").symlink_to(own)
+    root = {"root": standin_tiny, "own folder": own, "link to the own folder": tmp_path}[entrance]
+    target = evaluation_splits("market1501", root)
+    task = build_task("in_domain", "market1501", root)
+    assert (target.kind, task.content.kind) == ("stand-in", "stand-in")
+    assert target.content == task.content.target == evaluation_splits("market1501", standin_tiny).content
+
+
+def test_one_drawn_set_makes_a_run_the_stand_ins(real_sets: Path) -> None:
+    assert build_task("protocol2", "market1501", real_sets).content.kind == "real"
+    for name in ("cuhk03-np", "cuhk_sysu"):
+        shutil.copy(real_sets / "published.json", real_sets / name / "STANDIN.json")
+    task = build_task("protocol2", "market1501", real_sets)
+    assert task.content.kind == "stand-in"
+    assert task.content.sources["cuhk03"] == "0123abcd" != task.content.sources["msmt17"]
+    assert evaluation_splits("market1501", real_sets).kind == "real"
+    assert build_task("in_domain", "market1501", real_sets).content.kind == "real"
+
+
+@pytest.fixture
+def real_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tiny sets without a marker, whose counts pass for the published ones; `published.json` would be their marker."""
+    counts = trees.protocol_sets(tmp_path)
+    (tmp_path / "STANDIN.json").rename(tmp_path / "published.json")
+    for name in ("market1501", "msmt17"):
+        monkeypatch.setattr(find(name), "PUBLISHED", {part: Count(**entry) for part, entry in counts[name].items()})
+    monkeypatch.setattr(find("cuhk_sysu"), "PUBLISHED", Count(**counts["cuhk_sysu"]["train"]))
+    by_boxes: dict[str, dict[str, Count]] = {"labeled": {}, "detected": {}}
+    for part, entry in counts["cuhk03"].items():
+        boxes, _, name = part.partition("/")
+        by_boxes[boxes][name] = Count(**entry)
+    monkeypatch.setattr(find("cuhk03"), "PUBLISHED", by_boxes)
+    return tmp_path
+
+
+@pytest.mark.parametrize("protocol", ["protocol2", "protocol3", "in_domain"])
+@pytest.mark.parametrize("target", ["market1501", "msmt17", "cuhk03"])
+def test_a_target_has_the_same_hash_in_training_and_alone(real_sets: Path, protocol: str, target: str) -> None:
+    """Whatever else of its data set is read for training: Protocol-3 reads both training lists of MSMT17."""
+    task = build_task(protocol, target, real_sets)
+    assert task.content.target == evaluation_splits(target, real_sets).content
+    hashes = [task.content.target, *task.content.sources.values()]
+    assert all(len(one) == 64 for one in hashes)
+    assert len(set(hashes)) == len(hashes)
 
 
 def test_task_is_frozen(tiny_sets: Path) -> None:
@@ -213,16 +271,11 @@ def test_protocol_1(protocol_1_sets: Path, target: str, query: int, gallery: int
     task = build_task("protocol1", target, protocol_1_sets, validation_fraction=0.1)
     assert [source.name for source in task.sources] == ["market1501", "cuhk02", "cuhk03", "cuhk_sysu"]
     assert [(len(split.query), len(split.gallery)) for split in task.test_splits] == [(query, gallery)] * 10
-    assert task.test == task.test_splits[0]
-    assert task.test_splits == evaluation_splits(target, protocol_1_sets)
+    assert task.test_splits == evaluation_splits(target, protocol_1_sets).splits
+    assert all(split.single_shot for split in task.test_splits)
     cuhk03 = _by_name(task)["cuhk03"]
     assert cuhk03.num_ids == 3 + 2 - 2  # train and test persons, without the held-out
     # Nothing for the same-camera rule to drop: mINP equals mAP on single-shot targets.
     for split in task.test_splits:
         cameras = {record.pid: record.camid for record in split.query}
         assert all(cameras.get(record.pid) != record.camid for record in split.gallery if record.pid)
-
-
-def test_one_split_where_there_is_one(tiny_sets: Path) -> None:
-    task = build_task("protocol2", "market1501", tiny_sets)
-    assert task.test_splits == (task.test,)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from lda.config import preset
 from lda.data import load_dataset
+from lda.data.options import DataOptions
 from lda.data.sources import build_task, evaluation_splits
 from lda.data.standin.__main__ import main
 from lda.data.standin.cuhk03_release import write_release
@@ -78,7 +79,7 @@ def test_it_is_read_as_torchreid_does(release: Path) -> None:
 
 def test_the_classic_protocol_is_evaluated(release: Path) -> None:
     """All twenty splits of an untrained network: the rule changes the CMC of every one and no mAP."""
-    splits = evaluation_splits("cuhk03", release, cuhk03_protocol="classic")
+    splits = evaluation_splits("cuhk03", release, DataOptions(cuhk03_protocol="classic")).splits
     assert len(splits) == 20
     config = preset("standin", method="baseline", threads=1)
     method = build_method(config, [4, 4])
@@ -92,7 +93,7 @@ def test_the_classic_protocol_is_evaluated(release: Path) -> None:
 
 def test_classic_targets_never_meet_sources_that_hold_them(release: Path) -> None:
     with pytest.raises(UsageError, match=r"cuhk03_protocol: 'classic' tests persons that in-domain .* trains on"):
-        build_task("in_domain", "cuhk03", release, cuhk03_protocol="classic")
+        build_task("in_domain", "cuhk03", release, DataOptions(cuhk03_protocol="classic"))
 
 
 def test_what_is_there_already_is_kept(release: Path, standin_tiny: Path, tmp_path: Path) -> None:

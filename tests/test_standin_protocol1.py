@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.io import loadmat
 
 from lda.data import load_dataset
+from lda.data.catalogue import facts
 from lda.data.sources import build_task
 from lda.data.standin.domains import DOMAINS
 from lda.data.standin.draw import draw_shot, pixel_digest, plans
@@ -21,7 +22,6 @@ from lda.data.standin.layouts import FIRST, LAYOUTS
 from lda.data.standin.tree import generate
 from lda.data.survey import MARKER
 from lda.errors import UsageError
-from lda.protocols import SINGLE_SHOT
 from lda.ranking import evaluate_ranking
 
 TARGETS = ("prid", "grid", "viper", "ilids")
@@ -57,9 +57,10 @@ def test_a_unit_depends_on_the_sets_it_reads(standin_tiny: Path) -> None:
         assert load_dataset(name, standin_tiny).data_hash == FIRST_HASH
     for name in TARGETS:
         assert load_dataset(name, standin_tiny).data_hash == hashes[name]
-    assert build_task("protocol3", "cuhk03", standin_tiny).data_hash == FIRST_HASH
+    assert build_task("protocol3", "cuhk03", standin_tiny).content.target == FIRST_HASH
     task = build_task("protocol1", "viper", standin_tiny)
-    assert set(task.data_hash.split("+")) == {FIRST_HASH, hashes["viper"]}
+    assert set(task.content.sources.values()) == {FIRST_HASH}
+    assert task.content.target == hashes["viper"]
 
 
 # --- what is on disk -------------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def test_it_loads_strictly_with_ten_splits(standin_tiny: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_minp_is_map_for_random_features(standin_tiny: Path, name: str) -> None:
-    assert name in SINGLE_SHOT
+    assert facts(name).single_shot
     for split in load_dataset(name, standin_tiny).splits[:3]:
         features = torch.randn(len(split.query) + len(split.gallery), 16, generator=torch.Generator().manual_seed(0))
         query, gallery = features[: len(split.query)], features[len(split.query) :]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import pty
 import re
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import optuna
@@ -19,23 +19,14 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from lda.files import write_json
-from sweeps.list.jobs import enqueue_first_points
-from sweeps.list.ledger import UNIT, Budget, Ledger
-from sweeps.list.storage import create_or_load, open_storage, storage_url
+from sweeps.list.ledger import UNIT, Budget, Ledger, configurations
+from sweeps.list.storage import open_storage, storage_url
+from sweeps.list.study import create_or_load, enqueue_first_points
 from sweeps.plan.space import distributions
 from sweeps.plan.spec import StudySpec, load, resolve, study_file
-from sweeps.study_folder import StudyFolder
-from sweeps.views.display import (
-    Display,
-    EventLines,
-    Snapshot,
-    duration,
-    live_view,
-    print_status,
-    snapshot,
-    standing,
-    status_line,
-)
+from sweeps.study_folder import Event, StudyFolder
+from sweeps.views.display import Display, duration, live_view, print_status, standing, status_line
+from sweeps.views.snapshot import Snapshot, snapshot
 
 
 @pytest.fixture
@@ -62,7 +53,7 @@ def look(spec: StudySpec, folder: Path) -> Snapshot:
     trial = ledger.ask(space, "w-busy")
     assert trial is not None
     trial.set_user_attr(UNIT + spec.targets[0], {"seconds": 30.0, "score": 0.4})
-    return snapshot("s", spec, StudyFolder(folder), budget, ledger.entries(), [])
+    return snapshot("s", spec, StudyFolder(folder), budget, ledger.configurations(), [])
 
 
 def test_counts_and_expectations(spec: StudySpec, tmp_path: Path) -> None:
@@ -90,36 +81,44 @@ def test_the_view_of_a_terminal(spec: StudySpec, tmp_path: Path) -> None:
     status |= {"seed": 0, "epoch": 3, "epochs": 10, "score": 0.375, "images_per_second": 123.4}
     write_json(folder.workers / "w-busy.json", status)
     os.utime(folder.workers / "w-busy.json", (time.time() - 90, time.time() - 90))
-    folder.event("something happened")
+    folder.event("complete", "nothing has failed or died here")
+    folder.event("failed", "something went wrong")
     console = Console(record=True, width=140, file=io.StringIO(), force_terminal=True, color_system="standard")
     console.print(live_view(look(spec, tmp_path), grace_seconds=60))
     shown = console.export_text(styles=True)
     assert re.search(r"\x1b\[1;31m\s*9\d s", shown)  # red: silent for longer than the grace period
+    fine, wrong = [line for line in shown.splitlines() if "nothing has failed" in line or "went wrong" in line]
+    assert "\x1b[2m" in fine  # by what an event is, whatever words it has
+    assert "\x1b[31m" in wrong
     plain = " ".join(word for word in Console(width=140).render_str(shown).plain.split())
-    for text in ("trial-0003", "MSMT17", "3/10", "37.5%", "123", "something happened", "given up: trial-0002"):
+    for text in ("trial-0003", "MSMT17", "3/10", "37.5%", "123", "went wrong", "given up: trial-0002"):
         assert text in plain
 
 
-def test_event_lines_leave_out_what_was_there_and_what_is_half_written(tmp_path: Path) -> None:
+def test_events_are_read_as_they_were_written_and_a_half_written_one_later(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path)
-    folder.event("before")
-    lines = EventLines(folder)
-    folder.event("one")
-    with (tmp_path / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"time": "2026-01-01T00:00:00+00:00", "text": "two"})[:-5])
-    assert [line.split("  ")[1] for line in lines.new()] == ["one"]
-    with (tmp_path / "events.jsonl").open("a") as file:
-        file.write('two"}\n')
-    assert len(lines.new()) == 1
-    assert lines.new() == []
+    assert folder.events() == ([], 0)
+    folder.event("started", "before")
+    _, start = folder.events()
+    folder.event("retry", "one", "w")
+    two = Event(datetime(2026, 1, 1, tzinfo=UTC), "pruned", "two")
+    with (tmp_path / "events.jsonl").open("ab") as file:
+        file.write(two.line()[:-5])
+    (one,), middle = folder.events(start)
+    assert (one.kind, one.text, one.worker) == ("retry", "one", "w")
+    assert folder.events(middle) == ([], middle)
+    with (tmp_path / "events.jsonl").open("ab") as file:
+        file.write(two.line()[-5:])
+    assert folder.events(middle)[0] == [two]
+    assert folder.events(folder.events()[1])[0] == []
 
 
 def test_a_pipe_gets_plain_lines(spec: StudySpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = StudyFolder(tmp_path)
     with Display(folder, 60, lambda: look(spec, tmp_path)) as display:
-        folder.event("one")
+        folder.event("started", "one")
         display.refresh()
-        folder.event("two")
+        folder.event("started", "two")
     printed = capsys.readouterr().out
     assert [line.split("  ")[1] for line in printed.splitlines()] == ["one", "two"]
     assert "\x1b" not in printed
@@ -128,15 +127,16 @@ def test_a_pipe_gets_plain_lines(spec: StudySpec, tmp_path: Path, capsys: pytest
 _SHOWS = """
 import sys
 from pathlib import Path
-from sweeps.views.display import Display, snapshot
+from sweeps.views.display import Display
+from sweeps.views.snapshot import snapshot
 from sweeps.study_folder import StudyFolder
 from sweeps.list.ledger import Budget
 from sweeps.plan.spec import load, resolve, study_file
 spec, folder = resolve(load(study_file("smoke")), study_file("smoke")), StudyFolder(Path(sys.argv[1]))
 with Display(folder, 60, lambda: snapshot("smoke", spec, folder, Budget(4, 2), [], [])) as display:
-    folder.event("one")
+    folder.event("started", "one")
     display.refresh()
-    folder.event("two")
+    folder.event("started", "two")
 """
 
 
@@ -170,9 +170,7 @@ def test_pruned_trials_are_never_the_best(spec: StudySpec, tmp_path: Path) -> No
         trial = study.ask(distributions(spec.search.space))
         trial.report(score, 1)
         study.tell(trial, score if state == TrialState.COMPLETE else None, state=state)
-    from sweeps.list.ledger import entries
-
-    now = snapshot("s", spec, StudyFolder(tmp_path), Budget(2, 2), entries(study.get_trials()), [])
+    now = snapshot("s", spec, StudyFolder(tmp_path), Budget(2, 2), configurations(study.get_trials()), [])
     assert (now.complete, now.pruned) == (1, 1)
     assert now.best is not None
     assert now.best[0] == "trial-0001"

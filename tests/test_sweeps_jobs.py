@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,11 +10,18 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sweeps.list.jobs import best_entries, confirm_jobs, enqueue_confirmation, enqueue_first_points, search_job
-from sweeps.list.ledger import Budget, Entry, Ledger
-from sweeps.list.storage import create_or_load, open_storage, storage_url
+from sweeps.list.jobs import search_job
+from sweeps.list.ledger import Budget, Configuration, Ledger, configurations
+from sweeps.list.storage import open_storage, storage_url
+from sweeps.list.study import (
+    best_configurations,
+    confirm_jobs,
+    create_or_load,
+    enqueue_confirmation,
+    enqueue_first_points,
+)
 from sweeps.plan.space import distributions
-from sweeps.plan.spec import StudySpec, load, resolve, study_file
+from sweeps.plan.spec import Confirm, StudySpec, load, resolve, study_file
 from sweeps.study_folder import StudyFolder
 from sweeps.views.trial_files import Mirror
 
@@ -23,9 +31,9 @@ def spec() -> StudySpec:
     return resolve(load(study_file("protocol3")), study_file("protocol3"), confirm_seeds=2)
 
 
-def ledger(tmp_path: Path, name: str, trials: int) -> Ledger:
+def ledger(tmp_path: Path, name: str, trials: int | None, proposes: bool = True) -> Ledger:
     storage = open_storage(storage_url(None, tmp_path), 20, 60)
-    return Ledger(storage, create_or_load(storage, name, lambda study: None)[0], Budget(trials, retries=2))
+    return Ledger(storage, create_or_load(storage, name, lambda study: None)[0], Budget(trials, 2, proposes))
 
 
 def searched(spec: StudySpec, tmp_path: Path) -> Ledger:
@@ -50,8 +58,8 @@ def searched(spec: StudySpec, tmp_path: Path) -> Ledger:
 
 
 def test_the_best_are_confirmed_and_pruned_trials_never(spec: StudySpec, tmp_path: Path) -> None:
-    known = searched(spec, tmp_path).entries()
-    assert [entry.number for entry in best_entries(spec, known, 5)] == [3, 1]
+    known = searched(spec, tmp_path).configurations()
+    assert [configuration.number for configuration in best_configurations(spec, known, 5)] == [3, 1]
     jobs = confirm_jobs(spec, known)
     assert [(job.seed, job.origin, job.trial) for job in jobs] == [
         (seed, origin, trial)
@@ -66,27 +74,42 @@ def test_the_best_are_confirmed_and_pruned_trials_never(spec: StudySpec, tmp_pat
 
 def test_a_study_of_the_baseline_needs_no_other(tmp_path: Path) -> None:
     spec = resolve(load(study_file("protocol3")), study_file("protocol3"), overrides={"method": "baseline"})
-    known = searched(spec, tmp_path).entries()
-    assert {job.origin for job in confirm_jobs(spec, known)} == {"default", "search"}
+    known = searched(spec, tmp_path).configurations()
+    jobs = confirm_jobs(spec, known)
+    assert {job.origin for job in jobs} == {"default", "search"}
+    assert len(jobs) == spec.num_confirmations(len(known)) == 4
+
+
+@pytest.mark.parametrize("top", [1, 2, 9])
+@pytest.mark.parametrize("tried", [1, 2, 4])
+def test_as_many_are_confirmed_as_were_announced(spec: StudySpec, top: int, tried: int) -> None:
+    """With fewer trials than the best to confirm, there are fewer runs."""
+    spec = dataclasses.replace(spec, confirm=Confirm(top=top, seeds=2))
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial(spec.defaults)
+    for score in range(tried):
+        study.tell(study.ask(distributions(spec.search.space)), score)
+    jobs = confirm_jobs(spec, configurations(study.get_trials()))
+    assert len(jobs) == spec.num_confirmations(tried) == 2 * (2 + min(top, tried - 1))
 
 
 def test_confirmations_are_enqueued_once(spec: StudySpec, tmp_path: Path) -> None:
-    known = searched(spec, tmp_path).entries()
-    work = ledger(tmp_path, "s-confirm", trials=0)
+    known = searched(spec, tmp_path).configurations()
+    work = ledger(tmp_path, "s-confirm", trials=None, proposes=False)
     for _ in range(2):
         enqueue_confirmation(spec, known, work)
-    assert len(work.entries()) == 6
+    assert len(work.configurations()) == 6
 
 
 def test_trial_files(spec: StudySpec, tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path)
-    work, confirm = searched(spec, tmp_path), ledger(tmp_path, "s-confirm", trials=0)
-    enqueue_confirmation(spec, work.entries(), confirm)
+    work, confirm = searched(spec, tmp_path), ledger(tmp_path, "s-confirm", trials=None, proposes=False)
+    enqueue_confirmation(spec, work.configurations(), confirm)
     trial = confirm.ask({}, "w")  # the baseline's first seed
     assert trial is not None
     for name in ("trial-0000/cuhk03-s0", "trial-0000/msmt17-s0", "trial-baseline/cuhk03-s1"):
         (tmp_path / name).mkdir(parents=True)
-    Mirror(folder, spec).update(work.entries(), confirm.entries())
+    Mirror(folder, spec).update(work.configurations(), confirm.configurations())
 
     def read(name: str) -> dict[str, object]:
         return json.loads((tmp_path / name / "trial.json").read_text())  # type: ignore[no-any-return]
@@ -122,14 +145,14 @@ def test_a_retry_that_waits_is_still_the_default(spec: StudySpec, tmp_path: Path
     assert trial is not None
     work.release(trial.number, "lost", "gone")
     work.requeue()
-    (entry,) = work.entries()
-    assert entry.last.state == TrialState.WAITING
-    assert search_job(spec, entry.number, entry.params).origin == "default"
+    (configuration,) = work.configurations()
+    assert configuration.last.state == TrialState.WAITING
+    assert search_job(spec, configuration.number, configuration.params).origin == "default"
 
 
 def test_ties_go_to_the_earlier_trial(spec: StudySpec) -> None:
     study = optuna.create_study(direction="maximize")
     for _ in range(3):
         study.tell(study.ask(distributions(spec.search.space)), 0.5)
-    known = [Entry((trial,)) for trial in study.get_trials()]
-    assert [entry.number for entry in best_entries(spec, known, 2)] == [0, 1]
+    known = [Configuration((trial,)) for trial in study.get_trials()]
+    assert [configuration.number for configuration in best_configurations(spec, known, 2)] == [0, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from optuna.trial import TrialState
 
 from sweeps.list.ledger import UNIT, Budget, Ledger, fault
-from sweeps.list.storage import create_or_load, open_storage, storage_url
+from sweeps.list.storage import open_storage, storage_url
+from sweeps.list.study import create_or_load
 from sweeps.plan.space import Axis, distributions
 
 SPACE = distributions({"bank_momentum": Axis(low=0.5, high=0.99)})
@@ -29,19 +31,24 @@ def ledger(url: str, trials: int = 3, **options: Any) -> Ledger:
     return Ledger(storage, study, Budget(trials=trials, **{"retries": 2, **options}))
 
 
+def over(work: Ledger) -> bool:
+    """Whether nothing is left to run."""
+    return work.budget.exhausted(work.configurations(), time.time())
+
+
 def test_budget_and_first_points(url: str) -> None:
     work = ledger(url)
     work.enqueue("defaults", {"bank_momentum": 0.9})
     work.enqueue("defaults", {"bank_momentum": 0.9})
     found = []
     while (trial := work.ask(SPACE, "w")) is not None:
-        assert not work.finished()
+        assert not over(work)
         work.study.tell(trial, trial.params["bank_momentum"])
         found.append(trial.params["bank_momentum"])
     assert found[0] == 0.9
     assert len(set(found)) == 3
-    assert work.finished()
-    assert not ledger(url, trials=4).finished()  # the budget may grow
+    assert over(work)
+    assert not over(ledger(url, trials=4))  # the budget may grow
 
 
 def test_a_lost_attempt_comes_back_first_with_its_parameters_and_finished_units(url: str) -> None:
@@ -51,17 +58,17 @@ def test_a_lost_attempt_comes_back_first_with_its_parameters_and_finished_units(
     trial.set_user_attr(f"{UNIT}cuhk03", {"unit": "abc", "score": 0.5, "seconds": 7.0})
     assert work.release_worker("someone else", "lost", "gone") == []
     assert work.release_worker("dead", "lost", "gone") == [0]
-    assert [entry.number for entry in work.requeue()] == [0]
+    assert [configuration.number for configuration in work.requeue()] == [0]
     work.requeue()
     again = work.ask(SPACE, "alive")
     assert again is not None
     assert (again.number, again.params) == (1, trial.params)
-    (entry,) = work.entries()
-    assert (entry.number, entry.failures) == (0, 1)
-    assert entry.units["cuhk03"]["unit"] == "abc"
-    assert fault(entry.attempts[0]) == ("lost", "gone")
+    (configuration,) = work.configurations()
+    assert (configuration.number, configuration.failures) == (0, 1)
+    assert configuration.units["cuhk03"]["unit"] == "abc"
+    assert fault(configuration.attempts[0]) == ("lost", "gone")
     work.study.tell(again, 0.5)
-    assert len(work.entries()) == 1  # one configuration, however many attempts
+    assert len(work.configurations()) == 1  # one configuration, however many attempts
 
 
 def test_what_was_begun_is_brought_to_an_end_under_a_lower_budget(url: str) -> None:
@@ -76,7 +83,7 @@ def test_what_was_begun_is_brought_to_an_end_under_a_lower_budget(url: str) -> N
         trial = lowered.ask(SPACE, "alive")
         assert trial is not None
         lowered.study.tell(trial, 0.5)
-    assert lowered.finished()
+    assert over(lowered)
     assert lowered.requeue() == []
 
 
@@ -90,7 +97,7 @@ def test_retries_are_counted_by_kind(url: str, kind: Any, attempts: int) -> None
         work.release(trial.number, kind, "reason")
         work.requeue()
     assert len(work.trials()) == attempts + (kind == "interrupted")
-    assert work.finished() == (kind != "interrupted")
+    assert over(work) == (kind != "interrupted")
     assert all(t.state != TrialState.RUNNING for t in work.trials())
 
 
@@ -100,7 +107,7 @@ def test_what_has_ended_is_not_released(url: str) -> None:
     assert trial is not None
     work.study.tell(trial, 0.25)
     work.release(trial.number, "lost", "too late")
-    assert work.entries()[0].last.value == 0.25
+    assert work.configurations()[0].last.value == 0.25
 
 
 def test_workers_that_ask_at_the_same_moment_keep_to_the_budget(url: str) -> None:
@@ -121,18 +128,18 @@ def test_workers_that_ask_at_the_same_moment_keep_to_the_budget(url: str) -> Non
     for thread in threads:
         thread.join()
     assert len(taken) == 2
-    assert len(ledgers[0].entries()) == 2
+    assert len(ledgers[0].configurations()) == 2
 
 
 def test_twins_count_once(url: str) -> None:
     """Two coordinators enqueued the same point at the same moment: the later one is given back."""
-    work = ledger(url)
+    work = ledger(url, proposes=False)
     for _ in range(2):
         work.study.enqueue_trial({"bank_momentum": 0.9}, user_attrs={"key": "defaults"})
     first, second = work.ask(SPACE, "a"), work.ask(SPACE, "b")
     assert first is not None
     assert second is None
-    assert len(work.entries()) == 1
+    assert len(work.configurations()) == 1
 
 
 def test_silent_workers_lose_their_trial(tmp_path: Path) -> None:
@@ -143,12 +150,12 @@ def test_silent_workers_lose_their_trial(tmp_path: Path) -> None:
     assert beat is not None
     beat()
     work.reap(3)
-    assert work.entries()[0].last.state == TrialState.RUNNING
+    assert work.configurations()[0].last.state == TrialState.RUNNING
     threading.Event().wait(4.5)
     work.reap(3)
-    (entry,) = work.entries()
-    assert entry.last.state == TrialState.FAIL
-    assert "no sign of life" in fault(entry.last)[1]
+    (configuration,) = work.configurations()
+    assert configuration.last.state == TrialState.FAIL
+    assert "no sign of life" in fault(configuration.last)[1]
 
 
 def test_an_attempt_nobody_owns_is_taken_back(url: str) -> None:
@@ -156,19 +163,81 @@ def test_an_attempt_nobody_owns_is_taken_back(url: str) -> None:
     work = ledger(url)
     work.study.ask(SPACE)
     work.reap(60)
-    assert work.entries()[0].last.state == TrialState.RUNNING
+    assert work.configurations()[0].last.state == TrialState.RUNNING
     work.reap(0)
-    assert work.entries()[0].last.state == TrialState.FAIL
+    assert work.configurations()[0].last.state == TrialState.FAIL
 
 
 def test_limits_of_time(url: str) -> None:
     work = ledger(url, trials=9, until=0.0)
     assert work.ask(SPACE, "w") is None
-    assert work.finished()
+    assert over(work)
     work = ledger(url, trials=9, device_hours=1.0)
     trial = work.ask(SPACE, "w")
     assert trial is not None
     trial.set_user_attr(f"{UNIT}cuhk03", {"seconds": 3601.0})
     work.study.tell(trial, 0.5)
     assert work.ask(SPACE, "w") is None
-    assert work.finished()
+    assert over(work)
+
+
+POINTS = [{"bank_momentum": momentum} for momentum in (0.9, 0.8, 0.7)]
+
+
+def listed(url: str, **options: Any) -> Ledger:
+    """A list of three points to which nothing may be added, as a grid's."""
+    work = ledger(url, trials=3, proposes=False, **options)
+    for index, point in enumerate(POINTS):
+        work.enqueue(f"point {index}", point)
+    return work
+
+
+def test_what_is_on_the_list_is_all_where_nothing_is_proposed(url: str) -> None:
+    work = listed(url)
+    for point in POINTS:
+        trial = work.ask(SPACE, "w")
+        assert trial is not None
+        assert trial.params == point
+        work.study.tell(trial, 0.5)
+    assert over(work)
+    everything = ledger(url, trials=None, proposes=False)
+    assert everything.ask(SPACE, "w") is None
+    assert over(everything)
+
+
+@pytest.mark.parametrize("limit", [{"until": 0.0}, {"device_hours": 1.0}], ids=str)
+def test_limits_of_time_hold_for_what_is_on_the_list(url: str, limit: dict[str, float]) -> None:
+    """Points that wait are not begun once a limit has passed; what was begun is brought to an end; more time, more."""
+    work = listed(url)
+    first = work.ask(SPACE, "w")
+    assert first is not None
+    first.set_user_attr(f"{UNIT}cuhk03", {"seconds": 3601.0})
+    late = ledger(url, trials=3, proposes=False, **limit)
+    assert late.ask(SPACE, "w") is None
+    assert not over(late)  # the first runs
+    late.release(first.number, "lost", "gone")
+    late.requeue()
+    assert not over(late)
+    again = late.ask(SPACE, "w")
+    assert again is not None
+    assert again.params == POINTS[0]
+    late.study.tell(again, 0.5)
+    assert over(late)
+    assert late.ask(SPACE, "w") is None
+    more = listed(url)
+    rest = []
+    while (trial := more.ask(SPACE, "w")) is not None:
+        more.study.tell(trial, 0.5)
+        rest.append(trial.params)
+    assert sorted(rest, key=str) == sorted(POINTS[1:], key=str)
+    assert over(more)
+
+
+def test_a_lower_number_of_trials_holds_for_the_list_too(url: str) -> None:
+    listed(url)
+    work = ledger(url, trials=1, proposes=False)
+    trial = work.ask(SPACE, "w")
+    assert trial is not None
+    assert work.ask(SPACE, "w") is None
+    work.study.tell(trial, 0.5)
+    assert over(work)

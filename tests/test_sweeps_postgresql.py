@@ -29,7 +29,8 @@ def server() -> Iterator[Server]:
 
 _OPEN = """
 import sys
-from sweeps.list.storage import create_or_load, open_storage
+from sweeps.list.storage import open_storage
+from sweeps.list.study import create_or_load
 storage = None
 sys.stdin.readline()
 storage = open_storage(sys.argv[1], 1, 3)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import optuna
 import pytest
+from filelock import FileLock
+from optuna.exceptions import StorageInternalError
 
 from lda.errors import UsageError
-from sweeps.list.storage import create_or_load, has_password, masked, open_storage, patiently, storage_url, study_names
+from sweeps.list.storage import has_password, masked, open_storage, patiently, storage_url, turn
+from sweeps.list.study import create_or_load
 
 
 def test_urls(tmp_path: Path) -> None:
@@ -54,11 +59,34 @@ def test_patience_ends() -> None:
 
     def fails() -> None:
         calls.append(1)
+        raise StorageInternalError("away")
+
+    with pytest.raises(StorageInternalError):
+        patiently(fails, 0.5)
+    assert len(calls) > 1
+
+
+def test_what_is_no_outage_is_raised_at_once() -> None:
+    calls = []
+
+    def fails() -> None:
+        calls.append(1)
         raise ConnectionError
 
     with pytest.raises(ConnectionError):
-        patiently(fails, 0.5, errors=(ConnectionError,))
-    assert len(calls) > 1
+        patiently(fails, 60)
+    assert calls == [1]
+
+
+def test_only_sqlite_needs_turns(tmp_path: Path) -> None:
+    """The database behind an Optuna storage is found by private names (`_backend.engine`): other ones, and this fails.
+
+    Two processes would then start the same trial now and then.
+    """
+    found = turn(open_storage(storage_url(None, tmp_path), 1, 3))
+    assert isinstance(found, FileLock)
+    assert Path(found.lock_file) == tmp_path / "optuna.db.turn"
+    assert isinstance(turn(open_storage(storage_url("journal", tmp_path), 1, 3)), nullcontext)
 
 
 def test_prepared_once_and_completed_after_a_dead_creator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +95,7 @@ def test_prepared_once_and_completed_after_a_dead_creator(tmp_path: Path, monkey
     for _ in range(2):
         create_or_load(storage, "s", lambda study: prepared.append(study.study_name))
     assert prepared == ["s"]
-    assert study_names(storage) == ["s"]
+    assert optuna.study.get_all_study_names(storage) == ["s"]
 
     class KilledError(Exception):
         pass
@@ -77,14 +105,15 @@ def test_prepared_once_and_completed_after_a_dead_creator(tmp_path: Path, monkey
 
     with pytest.raises(KilledError):
         create_or_load(storage, "t", dies)
-    monkeypatch.setattr("sweeps.list.storage._CREATION_SECONDS", 0.3)
+    monkeypatch.setattr("sweeps.list.study._CREATION_SECONDS", 0.3)
     create_or_load(storage, "t", lambda study: prepared.append(study.study_name))
     assert prepared == ["s", "t"]
 
 
 _OPEN = """
 import sys
-from sweeps.list.storage import create_or_load, open_storage
+from sweeps.list.storage import open_storage
+from sweeps.list.study import create_or_load
 storage = open_storage(sys.argv[1], 1, 3)
 sys.stdin.readline()
 create_or_load(storage, "s", lambda study: print("prepared"))

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from sweeps.list.ledger import Budget, Ledger
-from sweeps.list.storage import create_or_load, open_storage
+from sweeps.list.storage import open_storage
+from sweeps.list.study import create_or_load
 
 TAKE = """
 import sys
@@ -15,7 +16,7 @@ import optuna
 from sweeps.list.ledger import Budget, Ledger
 from sweeps.list.storage import open_storage
 storage = open_storage(sys.argv[1], 60, 180)
-ledger = Ledger(storage, optuna.load_study(study_name="s", storage=storage), Budget(0, 2))
+ledger = Ledger(storage, optuna.load_study(study_name="s", storage=storage), Budget(None, 2, proposes=False))
 print("ready", flush=True)
 sys.stdin.readline()
 while (trial := ledger.ask({}, sys.argv[2])) is not None:
@@ -27,7 +28,7 @@ def test_processes_that_start_together_share_the_list(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'optuna.db'}"
     storage = open_storage(url, 60, 180)
     study, _ = create_or_load(storage, "s", lambda study: None)
-    ledger = Ledger(storage, study, Budget(0, 2))
+    ledger = Ledger(storage, study, Budget(None, 2, proposes=False))
     for number in range(24):
         ledger.enqueue(f"job {number}", {})
     command = [sys.executable, "-c", TAKE, url]

@@ -21,9 +21,9 @@ import filelock
 import numpy as np
 from numpy.typing import NDArray
 
-from lda.command import progress
+from lda.command import cores, progress
 from lda.data.decode import Chunk, write_chunk
-from lda.data.processes import cores, map_processes
+from lda.data.processes import map_processes
 from lda.data.records import ImageRecord
 from lda.errors import UsageError
 

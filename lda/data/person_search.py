@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from lda.command import exit_code, progress
+from lda.command import cores, exit_code, progress
 from lda.data.decode import open_rgb
 from lda.data.matlab import load_mat
-from lda.data.processes import cores, map_processes
+from lda.data.processes import map_processes
 from lda.data.sets.cuhk_sysu import PUBLISHED
 from lda.data.survey import child
 from lda.errors import UsageError

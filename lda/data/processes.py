@@ -18,11 +18,6 @@ _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def map_processes(function: Callable[[_Job], _Result], jobs: Iterable[_Job], processes: int) -> Iterator[_Result]:
     """`map(function, jobs)` in `processes` processes, in order; in this one if `processes` is 1.
 

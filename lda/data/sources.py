@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +82,7 @@ class Content:
     standin: bool
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["stand-in", "real"]:
         """How results are labelled: "stand-in" or "real"."""
         return _kind(self.standin)
 
@@ -104,12 +104,12 @@ class Target:
     standin: bool
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["stand-in", "real"]:
         """How results are labelled: "stand-in" or "real"."""
         return _kind(self.standin)
 
 
-def _kind(standin: bool) -> str:
+def _kind(standin: bool) -> Literal["stand-in", "real"]:
     """The words for generated and for other images, the same wherever a result is shown."""
     return "stand-in" if standin else "real"
 

@@ -407,8 +407,12 @@ def quoted(names: Sequence[str]) -> str:
 
 
 def read_standin(folder: Path) -> StandIn | None:
-    """The stand-in's marker in `folder` or up to three folders above it. Raises UsageError if it cannot be read."""
-    for place in (folder, *folder.parents[:3]):
+    """The stand-in's marker in `folder` or up to three folders above it, or above the one that it is a link to.
+
+    Raises UsageError if it cannot be read.
+    """
+    target = Path(os.path.realpath(folder))
+    for place in (folder, *folder.parents[:3], target, *target.parents[:3]):
         path = place / MARKER
         if _exists(path):
             try:

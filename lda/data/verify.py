@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from lda.command import progress
+from lda.command import cores, progress
 from lda.data.decode import open_rgb
-from lda.data.processes import cores, map_processes
+from lda.data.processes import map_processes
 from lda.errors import UsageError
 
 FORMAT = 1

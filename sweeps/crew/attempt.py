@@ -15,16 +15,17 @@ from typing import Any
 from optuna.trial import Trial
 
 from lda.config import Config
-from lda.protocols import get_protocol
 from lda.runs import Result, UnitFolder
 from lda.tracking import RunLabels
-from lda.trainer import Progress, TrainingError, run_unit
+from lda.trainer import TrainingError
+from lda.unit import Progress, run_unit
 from sweeps.crew.assignment import Assignment
+from sweeps.crew.post import Post
 from sweeps.list.jobs import Job
-from sweeps.list.ledger import UNIT
+from sweeps.list.ledger import UNIT, Ledger
 from sweeps.plan.pruning import PrunedError, running_mean
 from sweeps.plan.spec import StudySpec
-from sweeps.study_folder import StudyFolder, unit_name
+from sweeps.study_folder import unit_name
 
 _FULL_DISK_SECONDS = 5.0
 
@@ -34,23 +35,17 @@ class Attempt:
     """Runs the units of a job.
 
     Attributes:
-        check: raises when the attempt must end (told to stop), or ends the process (fenced); called before every write.
-        say: tells the display what is done now.
-        event: adds a line to the study's events.
-        patiently: calls the storage until it answers.
-        default_scores: target -> score of the defaults, as far as known.
+        post: where it speaks and listens.
+        search: work list of the search, for the scores of the defaults.
+        trial: Optuna's.
     """
 
+    post: Post
     assignment: Assignment
     spec: StudySpec
-    folder: StudyFolder
+    search: Ledger
     trial: Trial
     job: Job
-    check: Callable[[], None]
-    say: Callable[..., None]
-    event: Callable[[str], None]
-    patiently: Callable[[Callable[[], Any]], Any]
-    default_scores: Callable[[], Mapping[str, float]]
     _scores: dict[str, float] = field(default_factory=dict)
 
     def score(self) -> float:
@@ -59,16 +54,17 @@ class Attempt:
             config = self._config(target)
             recorded = self._recorded(target, config) or self._run(index, target, config)
             self._scores[target] = float(recorded["score"])
-            self._judge((index + 1) * config.epochs, self._scores)
+            self._judge((index + 1) * config.schedule.epochs, self._scores)
         return statistics.fmean(self._scores.values())
 
     def _config(self, target: str) -> Config:
         """The unit's settings in this process, whose slot has a number of threads and sees one device only."""
         config = self.spec.config(target, self.job.seed, self.job.changes)
-        return config.replace(threads=self.assignment.threads, device=config.device.partition(":")[0])
+        return config.replace(threads=self.assignment.threads, device=config.machine.device.partition(":")[0])
 
     def _unit(self, target: str, config: Config) -> str:
-        return config.unit_hash(self.assignment.data_hash[target])
+        content = self.assignment.contents[target]
+        return config.unit_hash(content["sources"], content["target"])
 
     def _recorded(self, target: str, config: Config) -> dict[str, Any] | None:
         """What an earlier attempt, maybe on another machine, left of this unit in the storage."""
@@ -76,34 +72,35 @@ class Attempt:
         return row if row is not None and row["unit"] == self._unit(target, config) else None
 
     def _run(self, index: int, target: str, config: Config) -> dict[str, Any]:
-        self.say(
-            state="running", trial=self.job.trial, target=target, seed=self.job.seed, epoch=0, epochs=config.epochs
-        )
+        at = {"trial": self.job.trial, "target": target, "seed": self.job.seed}
+        self.post.say(state="running", **at, epoch=0, epochs=config.schedule.epochs)
 
         def on_progress(progress: Progress) -> None:
-            self.check()
-            self.say(epoch=progress.epoch, images_per_second=progress.images_per_second)
+            self.post.check()
+            self.post.say(epoch=progress.epoch, images_per_second=progress.images_per_second)
             if progress.score is not None:
-                self.say(score=progress.score)
-                self._judge(index * config.epochs + progress.epoch, {**self._scores, target: progress.score})
+                self.post.say(score=progress.score)
+                self._judge(index * config.schedule.epochs + progress.epoch, {**self._scores, target: progress.score})
 
-        folder = self.folder.unit(self.job.trial, target, self.job.seed)
+        folder = self.post.folder.unit(self.job.trial, target, self.job.seed)
         unit = self._unit(target, config)
         result = self._finished_elsewhere(folder, unit) or self._train(config, folder, target, on_progress)
-        self.check()
+        self.post.check()
         row = {"unit": result.unit, "mAP": result.mAP, "rank1": result.rank1, "seconds": result.seconds}
         row |= {"score": result.selection.score, "host": platform.node()}
-        self.patiently(lambda: self.trial.set_user_attr(UNIT + target, row))
+        self.post.patiently(lambda: self.trial.set_user_attr(UNIT + target, row))
         not_used = "" if result.selection.rule == "oracle" else ", not used"
-        self.event(
+        self.post.event(
+            "unit",
             f"{self.job.title} {target} done in {row['seconds']:.0f} s: selection score {row['score']:.1%} "
-            f"(target mAP {row['mAP']:.1%}, Rank-1 {row['rank1']:.1%}{not_used})"
+            f"(target mAP {row['mAP']:.1%}, Rank-1 {row['rank1']:.1%}{not_used})",
         )
         return row
 
     def _train(self, config: Config, folder: Path, target: str, on_progress: Callable[[Progress], None]) -> Result:
         """Run the unit; on a full disk wait for room and go on from the checkpoint, for no trial is to blame."""
         full = False
+        training = config.training_hash(self.assignment.contents[target]["sources"])
         while True:
             try:
                 return run_unit(
@@ -112,43 +109,43 @@ class Attempt:
                     data_root=Path(self.assignment.data_root),
                     labels=self._labels(target),
                     on_progress=on_progress,
-                    siblings=self._siblings(folder, target),
+                    trained=self.post.folder.trained(training),
                 )
             except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
                 if isinstance(error, TrainingError) or not _disk_full(folder):
                     raise
                 if not full:
-                    self.event(f"{self.job.title} {target} waits: the disk of {folder} is full")
+                    self.post.event("waiting", f"{self.job.title} {target} waits: the disk of {folder} is full")
                 full = True
                 time.sleep(_FULL_DISK_SECONDS)
-                self.check()
-
-    def _siblings(self, folder: Path, target: str) -> list[Path]:
-        """Units of this trial that train on the same sources, which Protocol-1's targets share."""
-        sources = get_protocol(self.spec.protocol).sources
-        others = [other for other in self.spec.targets if other != target and sources(other) == sources(target)]
-        return [folder.with_name(unit_name(other, self.job.seed)) for other in others]
+                self.post.check()
 
     def _judge(self, step: int, scores: Mapping[str, float]) -> None:
         """Report where the trial stands; confirmations are never judged."""
         if self.job.confirms:
             return
-        value = running_mean(self.spec.targets, scores, self.default_scores())
+        value = running_mean(self.spec.targets, scores, self._default_scores())
         if value is None:
             return
-        self.patiently(lambda: self.trial.report(value, step))
-        if self.patiently(self.trial.should_prune):
+        self.post.patiently(lambda: self.trial.report(value, step))
+        if self.post.patiently(self.trial.should_prune):
             raise PrunedError(
                 f"{value:+.1%} against the defaults after {len(scores)} of {len(self.spec.targets)} targets"
             )
 
+    def _default_scores(self) -> dict[str, float]:
+        """Target -> score of the defaults in the search, as far as they have been run."""
+        known = self.post.patiently(self.search.configurations)
+        defaults = [configuration.units for configuration in known if configuration.params == self.spec.defaults]
+        return {target: unit["score"] for units in defaults for target, unit in units.items()}
+
     def _finished_elsewhere(self, folder: Path, unit: str) -> Result | None:
         """The result of the same unit in another trial of this study; its folder then stands here as a link."""
-        if folder.exists() or (other := self.folder.finished_unit(unit)) is None:
+        if folder.exists() or (other := self.post.folder.finished_unit(unit)) is None:
             return None
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(os.path.relpath(other, folder.parent), target_is_directory=True)
-        self.event(f"{folder.parent.name} {folder.name} is {other.parent.name}'s, run before")
+        self.post.event("unit", f"{folder.parent.name} {folder.name} is {other.parent.name}'s, run before")
         return Result.read(other)
 
     def _labels(self, target: str) -> RunLabels:
@@ -158,7 +155,7 @@ class Attempt:
             job_type=self.job.job_type,
             name=f"t{trial.removeprefix('trial-')}-{unit_name(target, self.job.seed)}",
             tags=(self.assignment.data, study, target),
-            folder=self.folder.path,
+            folder=self.post.folder.path,
         )
 
 

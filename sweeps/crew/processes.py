@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lda.errors import UsageError
-from sweeps.crew.assignment import EXIT_USAGE, STOP_SECONDS, Assignment
+from sweeps.crew.assignment import STOP_SECONDS, Assignment, End
 from sweeps.crew.heartbeat import EXIT_FENCED
 from sweeps.crew.slots import Slot
 from sweeps.study_folder import StudyFolder
@@ -49,33 +49,30 @@ class WorkerPool:
         for slot in self._slots:
             process = self._processes.get(slot.index)
             if process is not None:
-                code = process.poll()
-                if code is None:
+                if process.poll() is None:
                     continue
                 _hang_up(process)
-                self._judge(slot, code, attempts)
+                self._judge(slot, process, attempts)
             self._processes[slot.index] = self._start(slot)
 
-    def _judge(self, slot: Slot, code: int, attempts: int) -> None:
+    def _judge(self, slot: Slot, process: subprocess.Popen[bytes], attempts: int) -> None:
         """A worker ended: say so, or raise where another one would end the same way."""
-        last = _last_line(self._log(slot))
-        if code == EXIT_USAGE:
-            raise UsageError(last.removeprefix("error: "))
+        end = _last_word(process)
+        if end is not None and end.kind == "unusable":
+            raise UsageError(end.text)
+        how = _how(end, process.returncode)
         self._deaths_in_vain = self._deaths_in_vain + 1 if attempts == self._attempts else 0
         self._attempts = attempts
         if self._deaths_in_vain >= _DEATHS_IN_VAIN + len(self._slots):
-            raise StudyError(f"workers die before they begin: {last} ({self._log(slot)})")
-        how = "lost touch with the storage" if code == EXIT_FENCED else f"failed: {last}"
-        if code < 0:
-            how = f"was killed by signal {-code}"
-        self._folder.event(f"worker {slot.index} {how}; starting it again")
+            raise StudyError(f"workers die before they begin: the last one {how} ({self._log(slot)})")
+        self._folder.event("worker", f"worker {slot.index} {how}; starting it again")
 
     def _start(self, slot: Slot) -> subprocess.Popen[bytes]:
         with self._log(slot).open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "sweeps.crew.worker"],
                 stdin=subprocess.PIPE,
-                stdout=log,
+                stdout=subprocess.PIPE,  # for its last word alone; what it prints goes to the log
                 stderr=log,
                 env={**os.environ, **slot.environment},
                 start_new_session=True,  # Ctrl-C is the coordinator's to handle
@@ -106,6 +103,7 @@ class WorkerPool:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            _last_word(process)
 
 
 def _hang_up(process: subprocess.Popen[bytes]) -> None:
@@ -115,6 +113,20 @@ def _hang_up(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
+def _last_word(process: subprocess.Popen[bytes]) -> End | None:
+    """What a worker that has ended said last. It closes the pipe: a second call returns None."""
+    assert process.stdout is not None
+    if process.stdout.closed:
+        return None
+    with process.stdout as pipe:
+        os.set_blocking(pipe.fileno(), False)  # a process that the worker left behind may hold the other end
+        return End.receive(pipe.read() or b"")
+
+
+def _how(end: End | None, code: int) -> str:
+    """How a worker ended, in words."""
+    if end is not None:
+        return f"failed: {end.text}"
+    if code < 0:
+        return f"was killed by signal {-code}"
+    return "lost touch with the storage" if code == EXIT_FENCED else f"ended with exit code {code}"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
+from lda.command import cores
 from lda.errors import UsageError
 
 
@@ -29,11 +30,6 @@ class Slot:
         """Variables that must be set before the worker imports torch."""
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         return {**threads, "CUDA_VISIBLE_DEVICES": self.gpu}
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[str]:

@@ -1,13 +1,13 @@
 """One long-lived process per device: take an attempt, run its units, tell the score, again.
 
 Started by the coordinator as `python -m sweeps.crew.worker`. Its stdin carries one line of JSON (`Assignment`) and then
-stays open: when it closes, because the coordinator says stop or is gone, the worker ends its unit and exits. What a
-worker finishes, fails or leaves behind is in the study's storage and folders; it keeps nothing.
+stays open: when it closes, because the coordinator says stop or is gone, the worker ends its unit and exits. Its stdout
+carries an `End` where the worker gives up by itself. What it finishes, fails or leaves behind is in the study's storage
+and folders; it keeps nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import platform
@@ -17,9 +17,8 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
@@ -28,23 +27,21 @@ from optuna.trial import Trial, TrialState
 
 from lda.errors import UsageError
 from lda.trainer import TrainingError
-from sweeps.crew.assignment import EXIT_USAGE, STOP_SECONDS, Assignment
+from sweeps.crew.assignment import STOP_SECONDS, Assignment, End
 from sweeps.crew.attempt import Attempt
-from sweeps.crew.heartbeat import Heartbeat, log
-from sweeps.list.jobs import Job, confirm_study, job_of
-from sweeps.list.ledger import Budget, Entry, Kind, Ledger
-from sweeps.list.storage import StorageError, open_storage, patiently
+from sweeps.crew.heartbeat import log
+from sweeps.crew.post import Post, Stopped
+from sweeps.list.jobs import Job, job_of
+from sweeps.list.ledger import Budget, Kind, Ledger
+from sweeps.list.storage import StorageError, open_storage
+from sweeps.list.study import confirm_study, confirmation_budget, search_budget
 from sweeps.plan.pruning import PrunedError, build_pruner
 from sweeps.plan.space import distributions
 from sweeps.plan.spec import StudySpec, from_dict
-from sweeps.study_folder import StudyFolder, WorkerSign
+from sweeps.study_folder import EventKind, StudyFolder
 
 _IDLE_SECONDS = 0.5
 _OUTAGE_SECONDS = 3.0  # between attempts to reach a storage or disk that is away
-
-
-class Stopped(BaseException):
-    """The coordinator said stop, or is gone. No Exception: nothing below may take it for a failure of the unit."""
 
 
 def build_sampler(spec: StudySpec, study: str, salt: str) -> BaseSampler:
@@ -61,22 +58,15 @@ class Worker:
     """Runs attempts until it is stopped."""
 
     def __init__(self, assignment: Assignment, stop: threading.Event) -> None:
-        self.assignment, self.stop = assignment, stop
+        self.assignment = assignment
         self.spec = from_dict(assignment.spec)
-        self.folder = StudyFolder(Path(assignment.folder))
-        self.id = f"{platform.node()}-{assignment.slot}-{uuid.uuid4().hex[:6]}"
-        self.sign = WorkerSign(self.folder, self.id)
-        search = self.spec.search
+        worker = f"{platform.node()}-{assignment.slot}-{uuid.uuid4().hex[:6]}"
+        folder = StudyFolder(Path(assignment.folder))
+        self.post = Post(folder, worker, self.spec.heartbeat_seconds, self.spec.grace_seconds, stop)
         self.storage = self._connect()
-        self.budget = Budget(search.trials, search.retries, search.device_hours, assignment.until)
-        if search.sampler == "grid":
-            self.budget = Budget(0, search.retries)
-        self.search = self._open(assignment.study, self.budget)
-        self.search.study.pruner = build_pruner(search.pruning, self.spec.config(self.spec.targets[0], 0, {}).epochs)
+        self.search = self._open(assignment.study, search_budget(self.spec, assignment.until))
         self.confirm: Ledger | None = None
-        self.distributions = distributions(search.space)
-        self._status: dict[str, Any] = {}
-        self._status_written = 0.0
+        self.distributions = distributions(self.spec.search.space, self.spec.method)
 
     def _connect(self) -> BaseStorage:
         """The study's storage. The coordinator has reached it, so a failure is an outage: to be waited for."""
@@ -85,124 +75,84 @@ class Worker:
                 return open_storage(self.assignment.storage, self.spec.heartbeat_seconds, self.spec.grace_seconds)
             except StorageError as error:
                 log(f"waiting for the storage: {error}")
-                if self.stop.wait(_OUTAGE_SECONDS):
+                if self.post.wait(_OUTAGE_SECONDS):
                     raise Stopped from None
 
     def _open(self, name: str, budget: Budget) -> Ledger:
-        sampler = build_sampler(self.spec, self.assignment.study, self.assignment.salt)
-        return Ledger(self.storage, optuna.load_study(study_name=name, storage=self.storage, sampler=sampler), budget)
+        epochs = self.spec.config(self.spec.targets[0], 0, {}).schedule.epochs
+        study = optuna.load_study(
+            study_name=name,
+            storage=self.storage,
+            sampler=build_sampler(self.spec, self.assignment.study, self.assignment.salt),
+            pruner=build_pruner(
+                self.spec.search.pruning, self.spec.config(self.spec.targets[0], 0, {}).schedule.epochs
+            ),
+        )
+        return Ledger(self.storage, study, budget)
 
     def run(self) -> None:
-        """Take attempts until stopped. Raises UsageError when the data or the study cannot be used."""
-        while not self.stop.is_set():
+        """Take attempts until stopped. Raises UsageError when the data or the study cannot be used.
+
+        Raises what an attempt raised, a bug included, when that was told to the storage: what comes next then needs a
+        fresh process, for a GPU may be in any state.
+        """
+        while not self.post.stopped:
             taken = self._take()
             if taken is None:
-                self._say(state="waiting for work")
-                self.stop.wait(_IDLE_SECONDS)
+                self.post.say(state="waiting for work")
+                self.post.wait(_IDLE_SECONDS)
                 continue
             self._attempt(*taken)
+        self.post.leave()
 
     def _take(self) -> tuple[Ledger, Trial] | None:
-        trial = self._patiently(lambda: self.search.ask(self.distributions, self.id))
+        trial = self.post.patiently(lambda: self.search.ask(self.distributions, self.post.worker))
         if trial is not None:
             return self.search, trial
         if self.confirm is None and self.spec.confirm.seeds:
             try:
-                self.confirm = self._open(confirm_study(self.assignment.study), Budget(0, self.spec.search.retries))
+                self.confirm = self._open(confirm_study(self.assignment.study), confirmation_budget(self.spec))
             except KeyError:
                 return None  # the search is not over
         if self.confirm is None:
             return None
         confirm = self.confirm
-        trial = self._patiently(lambda: confirm.ask({}, self.id))
+        trial = self.post.patiently(lambda: confirm.ask({}, self.post.worker))
         return None if trial is None else (confirm, trial)
 
-    def _patiently(self, action: Callable[[], Any]) -> Any:
-        return patiently(action, self.spec.grace_seconds)
-
     def _attempt(self, ledger: Ledger, trial: Trial) -> None:
+        """Run an attempt; whatever happens, the storage learns how it ended."""
         job = job_of(self.spec, trial)
-        record = ledger.heartbeat(trial.number)
-
-        def beat() -> None:
-            if record is not None:
-                record()
-            self.sign.touch()
-
-        limit = self.spec.grace_seconds - self.spec.heartbeat_seconds
-        heart = Heartbeat(beat, self.spec.heartbeat_seconds, limit)
-        with heart:
-            self._event(f"{job.title} started ({job.settings})")
-            self._guarded(ledger, trial, job, heart)
-
-    def _guarded(self, ledger: Ledger, trial: Trial, job: Job, heart: Heartbeat) -> None:
-        """Run the attempt; whatever happens, the storage learns how it ended."""
-        try:
-            score = self._attempt_of(trial, job, heart).score()
-            heart.check()
-            self._patiently(lambda: ledger.study.tell(trial, score, skip_if_finished=True))
-            self._event(f"{job.title} complete: score {score:.1%}")
-        except PrunedError as pruned:
-            self._patiently(lambda: ledger.study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True))
-            self._event(f"{job.title} pruned: {pruned}")
-        except Stopped:
-            self._fail(ledger, trial, job, "interrupted", "stopped by the user")
-        except TrainingError as error:
-            self._fail(ledger, trial, job, "final", str(error))
-        except UsageError as error:
-            self._fail(ledger, trial, job, "interrupted", str(error))
-            raise
-        except Exception as error:
-            # Anything else, a bug included: counted, told, tried again in a fresh process (a GPU may be in any state).
-            traceback.print_exc()
-            self._fail(ledger, trial, job, "error", f"{type(error).__name__}: {error}".strip().splitlines()[0])
-            raise SystemExit(1) from None
-
-    def _attempt_of(self, trial: Trial, job: Job, heart: Heartbeat) -> Attempt:
-        def check() -> None:
-            heart.check()
-            if self.stop.is_set():
-                raise Stopped
-
-        return Attempt(
-            assignment=self.assignment,
-            spec=self.spec,
-            folder=self.folder,
-            trial=trial,
-            job=job,
-            check=check,
-            say=self._say,
-            event=self._event,
-            patiently=self._patiently,
-            default_scores=self._default_scores,
-        )
-
-    def _default_scores(self) -> dict[str, float]:
-        """Target -> score of the defaults in the search, as far as they have been run."""
-        entries: list[Entry] = self._patiently(self.search.entries)
-        defaults = [entry.units for entry in entries if entry.params == self.spec.defaults]
-        return {target: unit["score"] for units in defaults for target, unit in units.items()}
+        with self.post.heartbeat(ledger.heartbeat(trial.number)):
+            self.post.event("started", f"{job.title} started ({job.settings})")
+            try:
+                score = Attempt(self.post, self.assignment, self.spec, self.search, trial, job).score()
+                self.post.fence()
+                self.post.patiently(lambda: ledger.study.tell(trial, score, skip_if_finished=True))
+                self.post.event("complete", f"{job.title} complete: score {score:.1%}")
+            except PrunedError as pruned:
+                end = TrialState.PRUNED
+                self.post.patiently(lambda: ledger.study.tell(trial, state=end, skip_if_finished=True))
+                self.post.event("pruned", f"{job.title} pruned: {pruned}")
+            except Stopped:
+                self._fail(ledger, trial, job, "interrupted", "stopped by the user")
+            except TrainingError as error:
+                self._fail(ledger, trial, job, "final", str(error))
+            except UsageError as error:
+                self._fail(ledger, trial, job, "interrupted", str(error))
+                raise
+            except Exception as error:
+                self._fail(ledger, trial, job, "error", _one_line(error))
+                raise
 
     def _fail(self, ledger: Ledger, trial: Trial, job: Job, kind: Kind, reason: str) -> None:
-        self._event(f"{job.title} {'interrupted' if kind == 'interrupted' else 'failed'}: {reason}")
-        self._patiently(lambda: ledger.release(trial.number, kind, reason))
+        how: EventKind = "interrupted" if kind == "interrupted" else "failed"
+        self.post.event(how, f"{job.title} {how}: {reason}")
+        self.post.patiently(lambda: ledger.release(trial.number, kind, reason))
 
-    def _event(self, text: str) -> None:
-        log(text)
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk; events and status are for people, a trial is not lost for them
-            self.folder.event(text, self.id)
 
-    def _say(self, **status: Any) -> None:
-        """Tell the display; at most once a second, and at once when the state changes."""
-        changed = "state" in status and status != {k: self._status.get(k) for k in status}
-        self._status = status if changed else {**self._status, **status}
-        if changed or time.monotonic() - self._status_written > 1.0:
-            self._status_written = time.monotonic()
-            device = os.environ.get("CUDA_VISIBLE_DEVICES") or "cpu"
-            with contextlib.suppress(OSError):
-                self.sign.write({"worker": self.id, "device": device, **self._status})
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def _watch_stdin(stop: threading.Event) -> None:
@@ -214,19 +164,30 @@ def _watch_stdin(stop: threading.Event) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _private_stdout() -> IO[bytes]:
+    """The pipe to the coordinator; from now on what anything prints to stdout goes to the log, as stderr does."""
+    pipe = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return pipe
+
+
 def main() -> int:
     """Entry point of the process. Exits with 0 stopped, 1 failed, 2 data or study cannot be used, 75 fenced."""
+    coordinator = _private_stdout()
     assignment, stop = Assignment.receive(sys.stdin.buffer), threading.Event()
     threading.Thread(target=_watch_stdin, args=(stop,), daemon=True).start()
     try:
-        worker = Worker(assignment, stop)
-        worker.run()
+        Worker(assignment, stop).run()
     except Stopped:
         return 0
     except UsageError as error:
         log(f"error: {error}")
-        return EXIT_USAGE
-    worker.sign.remove()
+        End("unusable", str(error)).send(coordinator)
+        return 2
+    except Exception as error:
+        log(traceback.format_exc())
+        End("failed", _one_line(error)).send(coordinator)
+        return 1
     return 0
 
 

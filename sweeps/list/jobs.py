@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from optuna.trial import Trial, TrialState
+from optuna.trial import Trial
 
-from sweeps.list.ledger import Entry, Ledger, point_key
+from sweeps.list.ledger import Configuration
 from sweeps.plan.spec import StudySpec
-from sweeps.study_folder import BASELINE, trial_name
+from sweeps.study_folder import trial_name
 
 
 @dataclass(frozen=True)
@@ -64,44 +64,7 @@ def job_of(spec: StudySpec, trial: Trial) -> Job:
     return Job(**given) if given else search_job(spec, trial.user_attrs.get("root", trial.number), trial.params)
 
 
-def entry_job(spec: StudySpec, entry: Entry) -> Job:
+def configuration_job(spec: StudySpec, configuration: Configuration) -> Job:
     """The job of a configuration, whatever its state."""
-    given = entry.last.user_attrs.get("job")
-    return Job(**given) if given else search_job(spec, entry.number, entry.params)
-
-
-def confirm_study(name: str) -> str:
-    """Name of the Optuna study that holds the confirmation's jobs."""
-    return f"{name}-confirm"
-
-
-def best_entries(spec: StudySpec, known: list[Entry], count: int) -> list[Entry]:
-    """The complete configurations with the highest scores, the defaults apart; pruned ones never enter."""
-    complete = [e for e in known if e.last.state == TrialState.COMPLETE and e.params != spec.defaults]
-    return sorted(complete, key=lambda entry: (-(entry.last.value or 0.0), entry.number))[:count]
-
-
-def confirm_jobs(spec: StudySpec, known: list[Entry]) -> list[Job]:
-    """Every job of the confirmation: plain baseline, defaults and the best configurations, on each fresh seed.
-
-    Seeds vary slowest, so that a confirmation cut short has compared everything on its first seeds.
-    """
-    defaults = [entry for entry in known if entry.params == spec.defaults]
-    chosen = [search_job(spec, e.number, e.params) for e in defaults + best_entries(spec, known, spec.confirm.top)]
-    if spec.base.get("method") != "baseline":
-        chosen.insert(0, Job(BASELINE, "baseline", 0, {"method": "baseline"}))
-    return [
-        Job(job.trial, job.origin, seed, job.changes, confirms=True) for seed in spec.confirm_seeds for job in chosen
-    ]
-
-
-def enqueue_first_points(spec: StudySpec, ledger: Ledger) -> None:
-    """Put the defaults and the given points on the list, those that are not there yet."""
-    for point in spec.first_points:
-        ledger.enqueue(point_key(point), point)
-
-
-def enqueue_confirmation(spec: StudySpec, known: list[Entry], ledger: Ledger) -> None:
-    """Put the confirmation's jobs on the list, those that are not there yet."""
-    for job in confirm_jobs(spec, known):
-        ledger.enqueue(f"{job.trial} s{job.seed}", {}, job=asdict(job))
+    given = configuration.last.user_attrs.get("job")
+    return Job(**given) if given else search_job(spec, configuration.number, configuration.params)

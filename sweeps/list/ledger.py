@@ -1,7 +1,8 @@
 """What has to be run, what runs, what failed: read from the study's Optuna storage, which is the only work list.
 
-An Optuna trial is one attempt. A configuration that is interrupted or fails is enqueued again as a new attempt with the
-same parameters; the attempts of one configuration form an `Entry`, named by the number of the first (so is its folder).
+An Optuna trial is one attempt. What is interrupted or fails is enqueued again as a new attempt with the same
+parameters; the attempts at the same parameters form a `Configuration`, named by the number of the first. That is what
+everything for people calls a trial: trial-0007 is a folder, however many attempts it took.
 Everything here may be done by several processes and machines at once: whatever they enqueue carries a key, and of two
 trials with one key only the first counts.
 """
@@ -33,7 +34,7 @@ UNIT = "unit:"
 
 
 @dataclass(frozen=True)
-class Entry:
+class Configuration:
     """One configuration and its attempts, oldest first."""
 
     attempts: tuple[FrozenTrial, ...]
@@ -87,7 +88,7 @@ def fault(attempt: FrozenTrial) -> tuple[Kind, str]:
     return recorded["kind"], recorded["reason"]
 
 
-def entries(trials: list[FrozenTrial]) -> list[Entry]:
+def configurations(trials: list[FrozenTrial]) -> list[Configuration]:
     """The configurations among `trials`, by number; duplicates and trials given back at once are left out."""
     keys: set[str] = set()
     attempts: dict[int, list[FrozenTrial]] = defaultdict(list)
@@ -98,41 +99,55 @@ def entries(trials: list[FrozenTrial]) -> list[Entry]:
         if key is not None:
             keys.add(key)
         attempts[trial.user_attrs.get("root", trial.number)].append(trial)
-    return [Entry(tuple(attempts[root])) for root in sorted(attempts)]
+    return [Configuration(tuple(attempts[root])) for root in sorted(attempts)]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many configurations may be proposed, and until when.
+    """How many configurations may be begun, and until when.
+
+    It holds for what the sampler proposes and for what was put on the list in advance alike. What was begun is brought
+    to an end, further attempts included, whatever limit has passed meanwhile.
 
     Attributes:
-        trials: configurations in all.
+        trials: configurations in all; None: as many as are on the list.
         retries: further attempts after a failure.
+        proposes: whether the sampler adds to the list; that of a grid or a confirmation is complete.
         device_hours: training time in all, summed over devices.
-        until: seconds since the epoch after which nothing new is proposed.
+        until: seconds since the epoch after which no configuration is begun.
     """
 
-    trials: int
+    trials: int | None
     retries: int
+    proposes: bool = True
     device_hours: float | None = None
     until: float | None = None
 
-    def allows(self, known: list[Entry]) -> bool:
-        """Whether one more configuration may be proposed."""
-        late = self.until is not None and time.time() > self.until
-        return len(known) < self.trials and not late and not self._spent(known)
+    def limit(self, known: list[Configuration], at: float) -> str:
+        """The limit of the study file that has passed at a time (seconds since the epoch); empty where none has."""
+        if self.until is not None and at > self.until:
+            return "hours"
+        if self.device_hours is not None and device_seconds(known) > 3600 * self.device_hours:
+            return "device_hours"
+        return ""
 
-    def _spent(self, known: list[Entry]) -> bool:
-        return self.device_hours is not None and device_seconds(known) > 3600 * self.device_hours
+    def begins(self, known: list[Configuration], at: float) -> bool:
+        """Whether one more configuration may be begun, and there is one."""
+        begun = sum(configuration.begun for configuration in known)
+        room = self.trials is None or begun < self.trials
+        return room and (self.proposes or begun < len(known)) and not self.limit(known, at)
 
-    def exhausted(self, known: list[Entry]) -> bool:
-        """Whether every configuration has ended and no more may be proposed."""
-        return all(entry.ended(self.retries) for entry in known) and not self.allows(known)
+    def exhausted(self, known: list[Configuration], at: float) -> bool:
+        """Whether every configuration that was begun has ended and no other may be begun.
+
+        `at` lies before the list was read: what was begun in time by another process is then on it.
+        """
+        return all(c.ended(self.retries) for c in known if c.begun) and not self.begins(known, at)
 
 
-def device_seconds(known: list[Entry]) -> float:
+def device_seconds(known: list[Configuration]) -> float:
     """Time spent in finished units."""
-    return float(sum(unit["seconds"] for entry in known for unit in entry.units.values()))
+    return float(sum(unit["seconds"] for configuration in known for unit in configuration.units.values()))
 
 
 class Ledger:
@@ -146,45 +161,52 @@ class Ledger:
         """All attempts."""
         return self.study.get_trials(deepcopy=False)
 
-    def entries(self) -> list[Entry]:
+    def configurations(self) -> list[Configuration]:
         """All configurations."""
-        return entries(self.trials())
-
-    def finished(self) -> bool:
-        """Whether nothing is left to run, here or on another machine."""
-        return self.budget.exhausted(self.entries())
+        return configurations(self.trials())
 
     def enqueue(self, key: str, params: Mapping[str, Any], **attributes: Any) -> None:
         """Put a configuration on the list unless one with this key is there."""
-        if all(trial.user_attrs.get("key") != key for trial in self.trials()):
+        keys = {trial.user_attrs.get("key") for trial in self.trials() if not trial.user_attrs.get("withdrawn")}
+        if key not in keys:
             self.study.enqueue_trial(dict(params), user_attrs={**attributes, "key": key})
 
     def ask(self, distributions: dict[str, BaseDistribution], worker: str) -> Trial | None:
         """The next attempt, now running for `worker`; None when nothing can be started at the moment."""
-        with turn(self.storage):
-            known = self.entries()
-            if not any(entry.last.state == TrialState.WAITING for entry in known) and not self.budget.allows(known):
-                return None
-            trial = self.study.ask(distributions)
-        trial.set_user_attr("worker", worker)
-        if self._surplus(trial.number):
+        while True:
+            with turn(self.storage):
+                if not self._startable():
+                    return None
+                trial = self.study.ask(distributions)
+            trial.set_user_attr("worker", worker)
+            if not self._surplus(trial.number):
+                return trial
             trial.set_user_attr("withdrawn", True)
             self.study.tell(trial, state=TrialState.FAIL)
-            return None
-        return trial
+
+    def _startable(self) -> bool:
+        """Whether a further attempt waits, or a configuration may be begun."""
+        known = self.configurations()
+        again = any(c.begun and c.last.state == TrialState.WAITING for c in known)
+        return again or self.budget.begins(known, time.time())
 
     def _surplus(self, number: int) -> bool:
-        """Whether two workers asked at the same moment for the last place, or a duplicate was drawn.
+        """Whether an attempt that was just begun is a duplicate, or begins a configuration that the budget has no room
+        for: two workers asked at the same moment for the last place, or a limit has passed and only a further attempt
+        of another configuration may be started (Optuna hands out what waits by number).
 
         All see the same numbers, so exactly the later ones step back. Further attempts of a configuration never do: it
         was begun, and is brought to an end also when the budget was lowered meanwhile.
         """
-        known = self.entries()
-        mine = next((entry for entry in known if any(attempt.number == number for attempt in entry.attempts)), None)
+        known = self.configurations()
+        mine = next((c for c in known if any(attempt.number == number for attempt in c.attempts)), None)
         if mine is None:
             return True
-        proposed = number == mine.number and "key" not in mine.attempts[0].user_attrs
-        return proposed and sum(entry.number < mine.number for entry in known) >= self.budget.trials
+        if number != mine.number:
+            return False
+        earlier = sum(c.begun and c.number < mine.number for c in known)
+        full = self.budget.trials is not None and earlier >= self.budget.trials
+        return full or bool(self.budget.limit(known, time.time()))
 
     def release(self, number: int, kind: Kind, reason: str) -> None:
         """End a running attempt as failed, unless it has ended meanwhile."""
@@ -211,13 +233,15 @@ class Ledger:
             if nobody and trial.datetime_start is not None and trial.datetime_start < oldest:
                 self.release(trial.number, "lost", "its worker died before it began")
 
-    def requeue(self) -> list[Entry]:
-        """Enqueue another attempt of everything that failed and may be retried. Returns those entries."""
-        again = [e for e in self.entries() if e.last.state == TrialState.FAIL and not e.given_up(self.budget.retries)]
-        for entry in again:
-            last = entry.last
+    def requeue(self) -> list[Configuration]:
+        """Enqueue another attempt of everything that failed and may be retried. Returns those configurations."""
+        again = [
+            c for c in self.configurations() if c.last.state == TrialState.FAIL and not c.given_up(self.budget.retries)
+        ]
+        for configuration in again:
+            last = configuration.last
             inherited = {k: v for k, v in last.user_attrs.items() if k.startswith(UNIT) or k == "job"}
-            self.enqueue(f"after-{last.number}", entry.params, root=entry.number, **inherited)
+            self.enqueue(f"after-{last.number}", configuration.params, root=configuration.number, **inherited)
         return again
 
     def heartbeat(self, number: int) -> Callable[[], None] | None:

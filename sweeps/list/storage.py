@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,12 +24,10 @@ from lda.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
-    from optuna.study import Study
 
 T = TypeVar("T")
 
 VARIABLE = "LDA_STORAGE"
-_CREATION_SECONDS = 20.0  # a few dozen inserts; a creator that takes longer is dead
 _COLLISIONS = 9
 _JOURNAL = "journal:"
 _SCHEMES = ("sqlite", "postgresql", "journal")
@@ -131,45 +129,17 @@ def _created_by_one(open_tables: Callable[[], T]) -> T:
     return open_tables()
 
 
-def patiently(action: Callable[[], T], seconds: float, errors: Sequence[type[BaseException]] = ()) -> T:
+def patiently(action: Callable[[], T], seconds: float) -> T:
     """Do it, and again with growing pauses while the database is away, for so many seconds at most."""
     import optuna
     from sqlalchemy.exc import DBAPIError
 
-    retried = tuple(errors) or (optuna.exceptions.StorageInternalError, DBAPIError)
     end, pause = time.monotonic() + seconds, 0.1
     while True:
         try:
             return action()
-        except retried:
+        except (optuna.exceptions.StorageInternalError, DBAPIError):
             if time.monotonic() + pause > end:
                 raise
             time.sleep(pause * (0.5 + random.random()))
             pause = min(2 * pause, 5.0)
-
-
-def create_or_load(storage: BaseStorage, name: str, prepare: Callable[[Study], None]) -> tuple[Study, bool]:
-    """(the study `name`, whether this call created it), prepared once however many processes ask at the same moment.
-
-    Whoever creates it runs `prepare` and marks it ready; the others wait for the mark. A creator that died in between
-    is replaced after a while: `prepare` must only add what is missing.
-    """
-    import optuna
-
-    created = True
-    try:
-        study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
-    except optuna.exceptions.DuplicatedStudyError:
-        study, created = optuna.load_study(storage=storage, study_name=name), False
-        end = time.monotonic() + _CREATION_SECONDS
-        while "ready" not in study.user_attrs and time.monotonic() < end:
-            time.sleep(0.2)
-    if "ready" not in study.user_attrs:
-        prepare(study)
-        study.set_user_attr("ready", True)
-    return study, created
-
-
-def study_names(storage: BaseStorage) -> list[str]:
-    """Names of the studies a storage holds."""
-    return sorted(study.study_name for study in storage.get_all_studies())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sweeps.plan.spec import StudySpec
 
@@ -12,11 +13,18 @@ from sweeps.plan.spec import StudySpec
 
 @dataclass(frozen=True)
 class Data:
-    """The images of a study: their root folder, and the content hash of what each target's units read."""
+    """The images of a study.
+
+    Attributes:
+        root: their folder.
+        contents: target -> what its units read, in plain JSON types: {"sources": {source: content hash}, "target":
+            content hash}; see `lda.data.sources.Content`.
+        kind: how results are labelled, "stand-in" or "real".
+    """
 
     root: Path
-    hashes: dict[str, str]
-    kind: str  # how results are labelled: "stand-in" or "real"
+    contents: dict[str, dict[str, Any]]
+    kind: str
 
 
 def is_standin(data_root: Path | None) -> bool:
@@ -30,22 +38,16 @@ def is_standin(data_root: Path | None) -> bool:
 
 def prepare_data(spec: StudySpec, data_root: Path | None) -> Data:
     """Draw the stand-in, or check that every data set is there. Raises UsageError naming all that is missing."""
-    from lda.data.options import DataOptions
     from lda.data.sources import build_task
     from lda.data.standin.tree import ensure_standin
-    from lda.settings import settings_of
 
     root = (data_root or ensure_standin(spec.standin)).resolve()
-    hashes, kinds = {}, []
+    contents: dict[str, dict[str, Any]] = {}
+    kinds = set()
     for target in spec.targets:
         config = spec.config(target, spec.seed, {})
-        task = build_task(
-            spec.protocol,
-            target,
-            root,
-            DataOptions(**{key: getattr(config, key) for key in settings_of(DataOptions)}),
-            validation_fraction=config.validation_fraction,
-        )
-        hashes[target] = "+".join(sorted({*task.content.sources.values(), task.content.target}))
-        kinds.append(task.content.kind)
-    return Data(root, hashes, "stand-in" if "stand-in" in kinds else "real")
+        fraction = config.selection.validation_fraction
+        content = build_task(spec.protocol, target, root, config.data, validation_fraction=fraction).content
+        contents[target] = {"sources": dict(content.sources), "target": content.target}
+        kinds.add(content.kind)
+    return Data(root, contents, "stand-in" if "stand-in" in kinds else "real")

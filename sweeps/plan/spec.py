@@ -61,8 +61,8 @@ class Search:
         space: swept setting -> axis; without it, what the method's file asks for.
         sampler: tpe, gp (up to about five continuous axes), random, or grid (choices and steps only).
         trials: configurations to try; trial 0 is the defaults.
-        hours: stop proposing after this wall clock of one command.
-        device_hours: stop proposing after this much training time, summed over devices and commands.
+        hours: begin no configuration after this wall clock of one command.
+        device_hours: begin no configuration after this much training time, summed over devices and commands.
         retries: how often a trial that failed is tried again.
         enqueue: points to try right after the defaults; a key left out takes its default.
     """
@@ -157,10 +157,32 @@ class StudySpec:
     def first_points(self) -> list[Point]:
         """Points tried before the sampler proposes any: the defaults, then the enqueued ones, then a grid's."""
         points = [self.defaults, *({**self.defaults, **point} for point in self.search.enqueue)]
-        if self.search.sampler == "grid":
+        if self.is_grid:
             points += grid(self.search.space, self.seed)
         unique = [point for index, point in enumerate(points) if point not in points[:index]]
         return unique[: self.search.trials]
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether every configuration is known in advance."""
+        return self.search.sampler == "grid"
+
+    @property
+    def num_trials(self) -> int:
+        """Configurations the search tries if nothing ends it before; a grid may have fewer than `search.trials`."""
+        return len(self.first_points) if self.is_grid else self.search.trials
+
+    def compared(self, tried: int) -> list[str]:
+        """What the confirmation runs on each of its seeds when `tried` configurations are complete.
+
+        baseline (unless it is what the study is of), defaults, and top 1 to top N: the best of the others.
+        """
+        baseline = ["baseline"] if self.control else []
+        return [*baseline, "defaults", *(f"top {rank + 1}" for rank in range(min(self.confirm.top, tried - 1)))]
+
+    def num_confirmations(self, tried: int) -> int:
+        """Runs of the confirmation when `tried` configurations are complete."""
+        return len(self.compared(tried)) * self.confirm.seeds
 
     @property
     def confirm_seeds(self) -> range:
@@ -180,6 +202,25 @@ def to_dict(spec: StudySpec) -> dict[str, Any]:
 def from_dict(values: Mapping[str, Any]) -> StudySpec:
     """The StudySpec of `to_dict`."""
     return _ADAPTER.validate_python(values)
+
+
+_BUDGET = ("trials", "hours", "device_hours", "retries")
+
+
+def flat(spec: StudySpec) -> dict[str, Any]:
+    """A spec as study.json holds it: the keys of the study file, those of `search` beside the others, budgets apart."""
+    plain = to_dict(spec)
+    search = plain.pop("search")
+    budget = {key: search.pop(key) for key in _BUDGET}
+    return {**plain, **search, "budget": budget}
+
+
+def from_flat(content: Mapping[str, Any]) -> StudySpec:
+    """The StudySpec in a study.json, whose further keys are left aside."""
+    own = [f.name for f in dataclasses.fields(StudySpec) if f.name != "search"]
+    searched = [f.name for f in dataclasses.fields(Search) if f.name not in _BUDGET]
+    search = {**{key: content[key] for key in searched}, **content["budget"]}
+    return from_dict({**{key: content[key] for key in own}, "search": search})
 
 
 def study_file(study: str) -> Path:

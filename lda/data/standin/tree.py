@@ -22,9 +22,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lda.command import progress
+from lda.command import cores, progress
 from lda.data.cache import cache_dir
-from lda.data.processes import cores, map_processes
+from lda.data.processes import map_processes
 from lda.data.standin.draw import draw_chunk, plans
 from lda.data.standin.layouts import FIRST, LAYOUTS, SCALES, Plan
 from lda.data.survey import MARKER

@@ -1,0 +1,195 @@
+"""A study in its storage: opened once however many ask, its first points, its budget, and what is confirmed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from lda.errors import UsageError
+from sweeps.list.jobs import Job, search_job
+from sweeps.list.ledger import Budget, Configuration, Ledger, configurations, point_key
+from sweeps.list.storage import masked, open_storage
+from sweeps.plan.images import Data
+from sweeps.plan.spec import StudySpec, differences, from_dict, same_study, to_dict
+from sweeps.study_folder import BASELINE, FORMAT, check_format
+
+_CREATION_SECONDS = 20.0  # a few dozen inserts; a creator that takes longer is dead
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def create_or_load(storage: BaseStorage, name: str, prepare: Callable[[Study], None]) -> tuple[Study, bool]:
+    """(the study `name`, whether this call created it), prepared once however many processes ask at the same moment.
+
+    Whoever creates it runs `prepare` and marks it ready; the others wait for the mark. A creator that died in between
+    is replaced after a while: `prepare` must only add what is missing.
+    """
+    created = True
+    try:
+        study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
+    except optuna.exceptions.DuplicatedStudyError:
+        study, created = optuna.load_study(storage=storage, study_name=name), False
+        end = time.monotonic() + _CREATION_SECONDS
+        while "ready" not in study.user_attrs and time.monotonic() < end:
+            time.sleep(0.2)
+    if "ready" not in study.user_attrs:
+        prepare(study)
+        study.set_user_attr("ready", True)
+    return study, created
+
+
+def open_search(storage: BaseStorage, name: str, spec: StudySpec, budget: Budget, data: Data) -> tuple[Ledger, bool]:
+    """(the work list of the search, whether this call created the study).
+
+    Creates the study, or checks that the one that exists is the same. Raises UsageError naming what differs from the
+    study as it was begun.
+    """
+
+    def prepare(study: Study) -> None:
+        study.set_metric_names(["selection score"])
+        study.set_user_attr("format", FORMAT)
+        study.set_user_attr("spec", to_dict(spec))
+        study.set_user_attr("contents", data.contents)
+        study.set_user_attr("title", spec.title)
+        enqueue_first_points(spec, Ledger(storage, study, budget))
+
+    study, created = create_or_load(storage, name, prepare)
+    attributes = study.user_attrs
+    check_format(attributes.get("format"), f"study {name!r} in its storage")
+    check_same(name, from_dict(attributes["spec"]), spec)
+    if attributes["contents"] != data.contents:
+        raise UsageError(
+            f"the images in {data.root} are not those that study {name!r} was begun with; restore them, or give "
+            "another --output"
+        )
+    study.set_user_attr("spec", to_dict(spec))  # budgets may have changed; --join and --status read them here
+    ledger = Ledger(storage, study, budget)
+    enqueue_first_points(spec, ledger)  # the budget or the list of points may have grown
+    return ledger, created
+
+
+def check_same(name: str, before: StudySpec, now: StudySpec) -> None:
+    """Raises UsageError naming what differs from the study as it was begun."""
+    found = differences(same_study(before), same_study(now))
+    if found:
+        raise UsageError(
+            f"study {name!r} was begun with other settings: {'; '.join(found)}. Give the old ones, or another --output"
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """A study that exists: as its coordinator resolved it, and its search and confirmation so far."""
+
+    spec: StudySpec
+    budget: Budget
+    search: list[Configuration]
+    confirm: list[Configuration]
+
+
+def running_study(study: str, url: str, folder: Path) -> Found:
+    """Read a study from its storage. Raises UsageError when there is none."""
+    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
+        raise UsageError(f"no study {study!r} in {folder} yet; start it first")
+    storage = open_storage(url, 60, 180)
+    try:
+        loaded = optuna.load_study(study_name=study, storage=storage)
+    except KeyError:
+        raise UsageError(f"no study {study!r} in {masked(url)} yet; start it first") from None
+    if "format" not in loaded.user_attrs and "spec" not in loaded.user_attrs:
+        raise UsageError(f"study {study!r} is still being set up, try again in a moment")
+    check_format(loaded.user_attrs.get("format"), f"study {study!r} in {masked(url)}")
+    if "spec" not in loaded.user_attrs:
+        raise UsageError(f"study {study!r} is still being set up, try again in a moment")
+    spec = from_dict(loaded.user_attrs["spec"])
+    confirm: list[Configuration] = []
+    with contextlib.suppress(KeyError):  # the search is not over
+        confirm = configurations(optuna.load_study(study_name=confirm_study(study), storage=storage).get_trials())
+    return Found(spec, search_budget(spec), configurations(loaded.get_trials()), confirm)
+
+
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+def search_budget(spec: StudySpec, until: float | None = None) -> Budget:
+    """The budget of a study's search; `until` is when its wall clock ends (seconds since the epoch), where known."""
+    search = spec.search
+    return Budget(spec.num_trials, search.retries, not spec.is_grid, search.device_hours, until)
+
+
+def enqueue_first_points(spec: StudySpec, ledger: Ledger) -> None:
+    """Put the defaults and the given points on the list, those that are not there yet."""
+    for point in spec.first_points:
+        ledger.enqueue(point_key(point), point)
+
+
+def best_configurations(spec: StudySpec, known: list[Configuration], count: int) -> list[Configuration]:
+    """The complete configurations with the highest scores, the defaults apart; pruned ones never enter."""
+    complete = [c for c in known if c.last.state == TrialState.COMPLETE and c.params != spec.defaults]
+    return sorted(complete, key=lambda c: (-(c.last.value or 0.0), c.number))[:count]
+
+
+def shortfall(budget: Budget, known: list[Configuration], at: float) -> str:
+    """Why a search that is over began fewer configurations than planned, in words; empty where it did not."""
+    begun = sum(configuration.begun for configuration in known)
+    if not (limit := budget.limit(known, at)) or budget.trials is None or begun >= budget.trials:
+        return ""
+    return f"the search ends at its limit of {limit}: {budget.trials - begun} of {budget.trials} trials were not begun"
+
+
+# --- the confirmation ------------------------------------------------------------------------------------------------
+
+
+def confirm_study(name: str) -> str:
+    """Name of the Optuna study that holds the confirmation's jobs."""
+    return f"{name}-confirm"
+
+
+def confirm_jobs(spec: StudySpec, known: list[Configuration]) -> list[Job]:
+    """Every job of the confirmation: `StudySpec.compared` on each fresh seed.
+
+    A rank for which no configuration is complete is left out. Seeds vary slowest, so that a confirmation cut short has
+    compared everything on its first seeds.
+    """
+    defaults = [configuration for configuration in known if configuration.params == spec.defaults]
+    best = best_configurations(spec, known, spec.confirm.top)
+    named = [("defaults", defaults[0])] if defaults else []
+    named += [(f"top {rank}", configuration) for rank, configuration in enumerate(best, start=1)]
+    jobs = {name: search_job(spec, c.number, c.params) for name, c in named}
+    jobs["baseline"] = Job(BASELINE, "baseline", 0, {"method": spec.control})
+    chosen = [jobs[name] for name in spec.compared(len(known)) if name in jobs]
+    return [
+        Job(job.trial, job.origin, seed, job.changes, confirms=True) for seed in spec.confirm_seeds for job in chosen
+    ]
+
+
+def enqueue_confirmation(spec: StudySpec, known: list[Configuration], ledger: Ledger) -> None:
+    """Put the confirmation's jobs on the list, those that are not there yet."""
+    for job in confirm_jobs(spec, known):
+        ledger.enqueue(f"{job.trial} s{job.seed}", {}, job=asdict(job))
+
+
+def confirmation_budget(spec: StudySpec) -> Budget:
+    """The budget of a study's confirmation: all that is on its list, whatever the limits of the search."""
+    return Budget(None, spec.search.retries, proposes=False)
+
+
+def open_confirmation(storage: BaseStorage, study: str, spec: StudySpec, known: list[Configuration]) -> Ledger:
+    """The work list of the confirmation of a search that is over; `known` are the search's configurations."""
+    budget = confirmation_budget(spec)
+
+    def prepare(made: Study) -> None:
+        enqueue_confirmation(spec, known, Ledger(storage, made, budget))
+
+    ledger = Ledger(storage, create_or_load(storage, confirm_study(study), prepare)[0], budget)
+    enqueue_confirmation(spec, known, ledger)  # the search or the number of seeds may have grown
+    return ledger

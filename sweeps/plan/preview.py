@@ -1,0 +1,74 @@
+"""What a study would run, in words: `--dry-run`. Counts are those of `StudySpec`, which everything else uses too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lda.data.catalogue import title
+from lda.protocols import get_protocol
+from sweeps.plan.spec import StudySpec
+
+
+def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: Iterable[tuple[str, str]]) -> str:
+    """The study in lines of a name and a text.
+
+    Args:
+        data: what it runs on, for people.
+        fixed: settings of the command line, KEY=VALUE.
+        where: further lines, (name, text).
+    """
+    protocol, search = get_protocol(spec.protocol), spec.search
+    config = spec.config(spec.targets[0], spec.seed, {})
+    lines = [
+        ("study", f"{name}: {spec.title}"),
+        ("data", f"{data}; preset {spec.preset}"),
+        (
+            "training",
+            f"{spec.method}, {config.schedule.epochs} epochs of {config.schedule.steps_per_epoch} steps, "
+            f"{config.network.backbone}, {config.batches.image_height} x {config.batches.image_width} pixels",
+        ),
+        *(
+            ("target", f"{title(target)} from {', '.join(title(s) for s in protocol.sources(target))}")
+            for target in spec.targets
+        ),
+        ("selection", spec.selection),
+        ("search", f"{spec.num_trials} trials by {search.sampler}, seed {spec.seed}; trial 0 is the defaults"),
+        *(("", f"{key}: {_axis(spec, key)}") for key in search.space),
+        *(("fixed", pair) for pair in fixed),
+        *(("limit", text) for text in _limits(spec)),
+        ("confirm", _confirmation(spec)),
+        ("units", _units(spec)),
+        ("cost", spec.cost),
+        *where,
+    ]
+    return "\n".join(f"{name:11}{text}" for name, text in lines)
+
+
+def _axis(spec: StudySpec, key: str) -> str:
+    axis, default = spec.search.space[key], spec.defaults[key]
+    if axis.choices:
+        values = f"one of {list(axis.choices)}"
+    else:
+        step = f", step {axis.step:g}" if axis.step else ""
+        values = f"{axis.low:g} to {axis.high:g}{', log' if axis.log else ''}{step}"
+    return f"{values}; default {default}"
+
+
+def _limits(spec: StudySpec) -> list[str]:
+    limits = {"hours": spec.search.hours, "device_hours": spec.search.device_hours}
+    after = {"hours": "hours of the command", "device_hours": "hours of training, summed over devices"}
+    return [f"no trial is begun after {value:g} {after[key]}" for key, value in limits.items() if value is not None]
+
+
+def _confirmation(spec: StudySpec) -> str:
+    runs = spec.num_confirmations(spec.num_trials)
+    if not runs:
+        return "none"
+    return f"{runs} runs: {', '.join(spec.compared(spec.num_trials))}; seeds {list(spec.confirm_seeds)}"
+
+
+def _units(spec: StudySpec) -> str:
+    """Exactly, unless trials may be stopped early or left out."""
+    units = (spec.num_trials + spec.num_confirmations(spec.num_trials)) * len(spec.targets)
+    pruned = spec.search.pruning.rule != "none" and spec.num_trials > spec.search.pruning.startup_trials
+    return f"{units}{' at most' if pruned or _limits(spec) else ''} (one per target)"
