@@ -8,8 +8,8 @@
     after_stage  after stages 1, 2, 3, behind the ReLU, without gamma and beta: BAU's backbone   (`use_after_stages`)
 
 Placements: IBN-Net's release (XingangPan/IBN-Net, d167338) for a and b, BJTUJia/person_reID_DualNorm 0581013,
-yoonkicho/BAU 70e1a50; confidence 98 %. Papers: `lda/methods/ibn.py`, `lda/methods/dualnorm.py`; BAU: Cho, Kim, Lee and
-Yoon, "Generalizable Person Re-identification via Balancing Alignment and Uniformity", NeurIPS 2024.
+yoonkicho/BAU 70e1a50; confidence 98 %. Papers: `lda/methods/ibn.py`, `lda/methods/dualnorm.py`; BAU: Cho et al.,
+"Generalizable Person Re-identification via Balancing Alignment and Uniformity", NeurIPS 2024.
 
 Every function changes a plain backbone in place and begins with its weights: gamma and beta of a BN that becomes IN go
 over (its statistics have no use); a new site begins as gamma = 1, beta = 0. In a network whose stages have one block,
