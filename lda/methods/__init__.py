@@ -29,7 +29,7 @@ CONTROL = "baseline"
 
 VARIABLE = "LDA_METHODS"
 _HERE = Path(__file__).parent
-_NO_METHODS = ("__init__", "base")
+_NO_METHODS = ("__init__", "base", "plain")  # what methods are made from
 
 
 def names() -> list[str]:
@@ -44,7 +44,7 @@ def _files() -> dict[str, Path]:
         if not folder.is_dir():
             raise UsageError(f"{VARIABLE}: {str(folder)!r} is not a folder")
         for path in sorted(folder.glob("*.py")):
-            if path.stem in _NO_METHODS or path.stem.startswith("_"):
+            if path.stem in _NO_METHODS:
                 continue
             if path.stem in found:
                 raise UsageError(

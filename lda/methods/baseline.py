@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lda.groups import Setup
-from lda.methods._plain import PlainMethod
+from lda.methods.plain import PlainMethod
 from lda.parts.backbones import Backbone, convert_norm
 from lda.parts.instance_sites import InstanceSite
 from lda.parts.losses import IdentitySettings

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lda.groups import Setup
-from lda.methods._plain import PlainMethod
+from lda.methods.plain import PlainMethod
 from lda.parts.instance_sites import use_dualnorm
 from lda.parts.losses import IdentitySettings
 

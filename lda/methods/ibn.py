@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lda.groups import Setup
-from lda.methods._plain import PlainMethod
+from lda.methods.plain import PlainMethod
 from lda.parts.instance_sites import use_ibn_a, use_ibn_b
 from lda.parts.losses import IdentitySettings
 from lda.settings import Range, setting

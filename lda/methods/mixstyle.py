@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from lda.batch import Batch
 from lda.errors import UsageError
 from lda.groups import Setup
-from lda.methods._plain import PlainMethod
 from lda.methods.base import Losses
+from lda.methods.plain import PlainMethod
 from lda.parts.instance_sites import need_a_map
 from lda.parts.losses import IdentitySettings
 from lda.parts.routes import Switch

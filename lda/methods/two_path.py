@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from lda.batch import Batch
 from lda.groups import Setup
-from lda.methods._plain import PlainMethod
 from lda.methods.base import Cost, Losses
+from lda.methods.plain import PlainMethod
 from lda.parts.backbones import Backbone, convert_norm
 from lda.parts.heads import Head
 from lda.parts.instance_sites import instance_norm
