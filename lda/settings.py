@@ -127,7 +127,7 @@ def checked(known: Setting, value: Any) -> Any:
         first = error.errors()[0]
         if first["type"] in ("greater_than_equal", "less_than_equal", "finite_number"):
             low, high = known.low, known.high
-            number = float(value) if isinstance(value, str) else value
+            number = known.kind(value) if isinstance(value, str) else value
             raise UsageError(f"{known.name}: {number!r} is out of range, expected {low} to {high}") from None
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(known.kind)
         if is_tuple:

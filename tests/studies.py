@@ -20,7 +20,7 @@ import yaml
 REPOSITORY = Path(__file__).parents[1]
 
 BASE: dict[str, Any] = {
-    "epochs": 1, "steps_per_epoch": 4, "warmup_epochs": 0, "milestones": [], "bank_warmup_updates": 0,
+    "epochs": 1, "steps_per_epoch": 4, "warmup_epochs": 0, "milestones": [],
     "image_height": 32, "image_width": 16, "ids_per_batch": 4, "images_per_id": 2, "pad": 2,
     "log_every": 1, "wandb": "disabled",
 }  # fmt: skip
@@ -55,7 +55,12 @@ class Command:
         search |= {"pruning": {"rule": "none"}, **self.search}
         spec: dict[str, Any] = {"title": "Test", "cost": "seconds", "protocol": "protocol3", "confirm": {"seeds": 0}}
         spec |= {"targets": ["cuhk03", "market1501"], "heartbeat_seconds": 1, "grace_seconds": 5, **self.spec}
-        content = {**spec, "search": search, "base": {**BASE, **self.base}}
+        content = {
+            **spec,
+            "search": search,
+            "base": {**BASE, **self.base},
+            "methods": {"lda": {"bank_warmup_updates": 0}},
+        }
         (self.folder / "mine.yaml").write_text(yaml.safe_dump(content))
 
     @property

@@ -65,7 +65,7 @@ def test_a_study_is_shown(tmp_path: Path) -> None:
     ledger = Ledger(storage, study, Budget(trials=3, retries=0))
     enqueue_first_points(spec, ledger)
     for score in (0.5, 0.625, 0.5625):
-        trial = ledger.ask(distributions(spec.search.space), "w")
+        trial = ledger.ask(distributions(spec.search.space, spec.method), "w")
         assert trial is not None
         trial.report(score, 1)
         study.tell(trial, score)

@@ -23,6 +23,9 @@ GRID = {
 }
 
 
+OTHER = {"space": {"gem_p": {"low": 1, "high": 5}}}
+
+
 def held(command: Command) -> tuple[list[Configuration], list[Configuration]]:
     """The search and the confirmation in the study's storage."""
     storage = open_storage(storage_url(None, command.study), 60, 180)
@@ -61,7 +64,7 @@ class Expected:
 
 EXPECTED = {
     "defaults": Expected({}, 5, [], ["cuhk03", "market1501"], (2, 3, 10), "baseline, defaults, top 1"),
-    "baseline": Expected({}, 1, ["--set", "method=baseline"], ["cuhk03"], (2, 2, 4), "defaults, top 1"),
+    "baseline": Expected(OTHER, 1, ["--set", "method=baseline"], ["cuhk03"], (2, 2, 4), "defaults, top 1"),
     "grid": Expected(GRID, 2, [], ["cuhk03"], (4, 4, 8), "baseline, defaults, top 1, top 2"),
 }
 

@@ -40,7 +40,7 @@ def look(spec: StudySpec, folder: Path) -> Snapshot:
     budget = Budget(trials=4, retries=0)
     ledger = Ledger(storage, create_or_load(storage, "s", lambda study: None)[0], budget)
     enqueue_first_points(spec, ledger)
-    space = distributions(spec.search.space)
+    space = distributions(spec.search.space, spec.method)
     for score in (0.5, 0.625, None):
         trial = ledger.ask(space, "w-done")
         assert trial is not None
@@ -167,7 +167,7 @@ def test_an_empty_study(spec: StudySpec, tmp_path: Path) -> None:
 def test_pruned_trials_are_never_the_best(spec: StudySpec, tmp_path: Path) -> None:
     study = optuna.create_study(direction="maximize")
     for score, state in ((0.9, TrialState.PRUNED), (0.6, TrialState.COMPLETE)):
-        trial = study.ask(distributions(spec.search.space))
+        trial = study.ask(distributions(spec.search.space, spec.method))
         trial.report(score, 1)
         study.tell(trial, score if state == TrialState.COMPLETE else None, state=state)
     now = snapshot("s", spec, StudyFolder(tmp_path), Budget(2, 2), configurations(study.get_trials()), [])

@@ -40,7 +40,7 @@ def searched(spec: StudySpec, tmp_path: Path) -> Ledger:
     """Defaults 0.5, then 0.4, one pruned that looked like 0.9, 0.7, and one that failed three times."""
     work = ledger(tmp_path, "s", trials=5)
     enqueue_first_points(spec, work)
-    space = distributions(spec.search.space)
+    space = distributions(spec.search.space, spec.method)
     for score in (0.5, 0.4, 0.9, 0.7):
         trial = work.ask(space, "w")
         assert trial is not None
@@ -72,12 +72,14 @@ def test_the_best_are_confirmed_and_pruned_trials_never(spec: StudySpec, tmp_pat
     assert {job.job_type for job in jobs} == {"baseline", "rerun"}
 
 
-def test_a_study_of_the_baseline_needs_no_other(tmp_path: Path) -> None:
+def test_a_study_of_the_baseline_needs_no_other() -> None:
     spec = resolve(load(study_file("protocol3")), study_file("protocol3"), overrides={"method": "baseline"})
-    known = searched(spec, tmp_path).configurations()
-    jobs = confirm_jobs(spec, known)
-    assert {job.origin for job in jobs} == {"default", "search"}
-    assert len(jobs) == spec.num_confirmations(len(known)) == 4
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial(spec.defaults)
+    study.tell(study.ask(), 0.5)
+    jobs = confirm_jobs(spec, configurations(study.get_trials()))
+    assert [job.origin for job in jobs] == ["default", "default"]  # nothing is swept: one trial, on two seeds
+    assert len(jobs) == spec.num_confirmations(spec.num_trials) == 2
 
 
 @pytest.mark.parametrize("top", [1, 2, 9])
@@ -88,7 +90,7 @@ def test_as_many_are_confirmed_as_were_announced(spec: StudySpec, top: int, trie
     study = optuna.create_study(direction="maximize")
     study.enqueue_trial(spec.defaults)
     for score in range(tried):
-        study.tell(study.ask(distributions(spec.search.space)), score)
+        study.tell(study.ask(distributions(spec.search.space, spec.method)), score)
     jobs = confirm_jobs(spec, configurations(study.get_trials()))
     assert len(jobs) == spec.num_confirmations(tried) == 2 * (2 + min(top, tried - 1))
 
@@ -141,7 +143,7 @@ def test_a_retry_that_waits_is_still_the_default(spec: StudySpec, tmp_path: Path
     """A waiting attempt has no parameters of its own yet, only those given to it."""
     work = ledger(tmp_path, "s", trials=1)
     enqueue_first_points(spec, work)
-    trial = work.ask(distributions(spec.search.space), "w")
+    trial = work.ask(distributions(spec.search.space, spec.method), "w")
     assert trial is not None
     work.release(trial.number, "lost", "gone")
     work.requeue()
@@ -153,7 +155,7 @@ def test_a_retry_that_waits_is_still_the_default(spec: StudySpec, tmp_path: Path
 def test_ties_go_to_the_earlier_trial(spec: StudySpec) -> None:
     study = optuna.create_study(direction="maximize")
     for _ in range(3):
-        study.tell(study.ask(distributions(spec.search.space)), 0.5)
+        study.tell(study.ask(distributions(spec.search.space, spec.method)), 0.5)
     known = [Configuration((trial,)) for trial in study.get_trials()]
     assert [configuration.number for configuration in best_configurations(spec, known, 2)] == [0, 1]
 

@@ -27,7 +27,7 @@ def test_a_trial_of_protocol_1_trains_once(tmp_path: Path, standin_tiny: Path) -
     command = Command(tmp_path, standin_tiny, spec=spec, search={"trials": 1}, base={"inference": "expert"})
     assert command.run() == 0, command.output
     prid = json.loads((command.study / "trial-0000/prid-s0/result.json").read_text())
-    assert (prid["trained_in"], prid["num_splits"]) == ("ilids-s0", 10)
+    assert (prid["trained_in"], prid["num_splits"]) == ("mine/trial-0000/ilids-s0", 10)
     assert "over the 10 test splits of a target" in command.output
 
 
@@ -141,11 +141,18 @@ def test_mistakes_end_with_one_line_and_exit_2(tmp_path: Path, arguments: list[s
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["--list"], ["--study", "protocol3", "--dry-run"]])
-def test_answers_at_once_without_torch_or_optuna(tmp_path: Path, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (["--list"], {"torch", "optuna", "wandb", "numpy"}),
+        # A method's settings lie in its file, beside layers: checking them loads torch, and nothing else that is slow.
+        (["--study", "protocol3", "--dry-run"], {"optuna", "wandb", "pandas", "scipy", "matplotlib"}),
+    ],
+)
+def test_answers_at_once(tmp_path: Path, arguments: list[str], heavy: set[str]) -> None:
     program = (
         "import sys; from sweeps.run import main; code = main(sys.argv[1:]); "
-        "heavy = {'torch', 'optuna', 'wandb', 'numpy'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
+        f"heavy = {heavy!r} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

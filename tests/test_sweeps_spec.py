@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lda.config import PRESETS, from_mapping
+from lda import methods
+from lda.config import preset
 from lda.errors import UsageError
 from lda.protocols import PROTOCOLS
 from sweeps.plan.spec import (
@@ -54,8 +55,9 @@ def search(**changes: Any) -> dict[str, Any]:
 def test_shipped_studies_are_valid_and_start_from_the_defaults(name: str) -> None:
     spec = read(study_file(name))
     assert spec.targets == tuple(t for t in spec.targets if t in PROTOCOLS[spec.protocol].targets)
-    base = from_mapping(PRESETS["standin"])
-    assert spec.first_points[0] == {key: getattr(base, key) for key in spec.search.space}
+    base = preset("standin")
+    assert list(spec.search.space) == list(methods.find("lda").searched)
+    assert spec.first_points[0] == {key: base.value(key) for key in spec.search.space}
     assert from_dict(to_dict(spec)) == spec
     opening = study_file(name).read_text().split("\ntitle:")[0]
     assert f"python sweeps/run.py --study {name}" in opening
@@ -64,8 +66,8 @@ def test_shipped_studies_are_valid_and_start_from_the_defaults(name: str) -> Non
 
 def test_real_data_takes_the_real_preset(tmp_path: Path) -> None:
     path = write(tmp_path)
-    assert read(path).config("cuhk03", 0, {}).backbone == "small"
-    assert read(path, real_data=True).config("cuhk03", 0, {}).backbone == "resnet50"
+    assert read(path).config("cuhk03", 0, {}).network.backbone == "small"
+    assert read(path, real_data=True).config("cuhk03", 0, {}).network.backbone == "resnet50"
 
 
 def test_fresh_seeds_of_the_confirmation(tmp_path: Path) -> None:
@@ -83,14 +85,20 @@ def test_fresh_seeds_of_the_confirmation(tmp_path: Path) -> None:
             "search.space.bank_momentum.hihg: unknown key 'hihg' (did you mean 'high'?)",
         ),
         ({"search": search(trials=0)}, "search.trials: expected greater than or equal to 1, got 0"),
-        ({"search": search(sampler="tpee")}, "search.sampler: expected 'tpe', 'gp', 'random' or 'grid', got 'tpee'"),
-        ({"search": {"trials": 3}}, "search.space: this key is required"),
+        (
+            {"search": search(sampler="tpee")},
+            "search.sampler: unknown value 'tpee' (did you mean 'tpe'?)",
+        ),
+        ({"search": None}, "search: expected"),
         ({"protocol": "protocol4"}, "unknown protocol 'protocol4' (did you mean 'protocol"),
         ({"targets": ["viper"]}, "unknown target of Protocol-3 'viper'"),
         ({"base": {"epoch": 3}}, "unknown setting 'epoch' (did you mean 'epochs'?)"),
         ({"base": {"epochs": 0}}, "epochs: 0 is out of range, expected 1 to"),
         ({"base": {"seed": 3}}, "base.seed: is set for the whole study, use --seed"),
-        ({"base": {"bank_momentum": 0.9}}, "base.bank_momentum: is swept in search.space as well"),
+        (
+            {"base": {"bank_momentum": 0.9}},
+            "search.space.bank_momentum: is set for every trial as well",
+        ),
         ({"search": search(space={"bank_momentm": {"low": 0, "high": 1}})}, "did you mean 'bank_momentum'?"),
         (
             {"search": search(space={"bank_momentum": {"low": 0.5, "high": 1.5}})},
@@ -102,7 +110,7 @@ def test_fresh_seeds_of_the_confirmation(tmp_path: Path) -> None:
         ),
         (
             {"search": search(space={"threads": {"low": 1, "high": 2}})},
-            "search.space.threads: this setting cannot be swept",
+            "search.space.threads: cannot be swept: it cannot change what is learnt",
         ),
         ({"search": search(space={"donor": {"low": 1, "high": 2}})}, "search.space.donor: expected choices"),
         (
@@ -170,14 +178,45 @@ def test_set_fixes_a_swept_setting(tmp_path: Path) -> None:
     spec = read(path, overrides={"bank_momentum": 0.2})
     assert list(spec.search.space) == ["alignment_weight"]
     assert spec.search.enqueue == ({"alignment_weight": 0.5},)
-    assert spec.config("cuhk03", 0, {}).bank_momentum == 0.2
+    assert spec.config("cuhk03", 0, {}).value("bank_momentum") == 0.2
 
 
 def test_nothing_left_to_sweep(tmp_path: Path) -> None:
-    path = write(tmp_path)
-    with pytest.raises(UsageError, match="nothing is left to sweep"):
-        read(path, overrides={"bank_momentum": 0.6})
-    assert read(path, overrides={"bank_momentum": 0.6}, trials=1).first_points == [{}]
+    """One trial then: others would only repeat it."""
+    spec = read(write(tmp_path), overrides={"bank_momentum": 0.6}, trials=5)
+    assert (spec.search.trials, spec.first_points) == (1, [{}])
+    spec = read(write(tmp_path, search={"trials": 5}), overrides={"method": "baseline"})
+    assert (spec.search.trials, spec.control) == (1, None)
+
+
+def test_a_method_brings_its_own_space_and_settings(tmp_path: Path) -> None:
+    path = write(tmp_path, search={"trials": 2}, methods={"lda": {"donor": "round_robin"}})
+    spec = read(path)
+    assert list(spec.search.space) == ["consistency_weight", "alignment_weight", "bank_momentum"]
+    assert spec.control == "baseline"
+    assert spec.config("cuhk03", 0, {}).value("donor") == "round_robin"
+    assert spec.config("cuhk03", 0, {"method": "baseline"}).method.name == "baseline"  # LDA's settings stay behind
+    other = read(path, overrides={"method": "mldg", "mldg_beta": 1.0})
+    assert list(other.search.space) == ["mldg_inner", "mldg_inner_rate"]
+    assert other.config("cuhk03", 0, {}).value("mldg_beta") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"methods": {"ldaa": {}}}, "unknown method 'ldaa' (did you mean 'lda'?)"),
+        ({"methods": {"lda": {"epochs": 3}}}, "methods.lda.epochs: unknown setting of its own 'epochs'"),
+        ({"methods": {"lda": {"donor": "other"}}}, "donor: unknown value 'other'"),
+        ({"base": {"method": "mldg"}}, "search.space.bank_momentum: is a setting of methods lda"),
+        ({"search": search(space={"epochs": {"low": 2, "high": 4}})}, "set search.pruning.rule to none"),
+    ],
+)
+def test_methods_and_their_settings_are_checked(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    path = write(tmp_path, **changes)
+    with pytest.raises(UsageError) as error:
+        read(path)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_first_points(tmp_path: Path) -> None:

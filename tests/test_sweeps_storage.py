@@ -137,7 +137,7 @@ def test_a_fresh_database_opened_by_four_processes_at_once(tmp_path: Path) -> No
 
 def test_a_study_of_an_older_version_is_refused(tmp_path: Path) -> None:
     spec = resolve(load(study_file("smoke")), study_file("smoke"))
-    url, data = storage_url(None, tmp_path), Data(tmp_path, {})
+    url, data = storage_url(None, tmp_path), Data(tmp_path, {}, "stand-in")
     study = create_or_load(open_storage(url, 1, 3), "s", lambda study: study.set_user_attr("spec", to_dict(spec)))[0]
     with pytest.raises(UsageError, match=r"study 's' in sqlite:.* was made by an older version of this project"):
         running_study("s", url, tmp_path)

@@ -24,7 +24,7 @@ def test_workers_open_with_different_proposals(sampler: str, tmp_path: Path) -> 
 
     def first(salt: str, study: str = "mine") -> dict[str, float]:
         made = optuna.create_study(sampler=build_sampler(spec, study, salt))
-        return made.ask(distributions(spec.search.space)).params
+        return made.ask(distributions(spec.search.space, spec.method)).params
 
     assert first("a") == first("a")
     assert first("a") != first("b")

@@ -378,7 +378,7 @@ def _typed(spec: StudySpec) -> StudySpec:
     for method, given in spec.methods.items():
         for key in given:
             if key in COMMON or key not in known_settings(method):
-                raise UsageError(f"methods.{method}.{unknown('setting of its own', key, _own_keys(method))}")
+                raise UsageError(f"methods.{method}.{key}: {unknown('setting of its own', key, _own_keys(method))}")
         config = spec.config(spec.targets[0], spec.seed, {METHOD.name: method})
         own[method] = {key: config.to_dict()[key] for key in given}
     return dataclasses.replace(spec, base={key: values[key] for key in spec.base}, methods=own)
