@@ -53,8 +53,8 @@ def resolve(options: argparse.Namespace) -> configs.Config:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 done, 1 failed, 2 bad usage, 130 interrupted."""
-    options = parse_arguments(arguments)
     try:
+        options = parse_arguments(arguments)  # its help lists the methods, whose folder may be wrong
         config = resolve(options)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,60 @@
+"""What the README says is so: its links lead somewhere, its methods are those that are there, its commands parse."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lda import methods
+from lda.config import preset
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in link]
+    assert len(links) > 20
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_has_a_row_with_its_file_and_its_cost(name: str) -> None:
+    (row,) = [line for line in TEXT.splitlines() if line.startswith(f"| `{name}` |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert f"(lda/methods/{name}.py)" in cells[2]
+    for num_domains in (3, 4):
+        config = preset("standin", method=name)
+        cost = methods.build(config.method, config.setup([8] * num_domains)).cost
+        train, test = cells[4].split(" / ")
+        assert float(train) == cost.train_passes
+        assert {"1": 1, "2": 2, "K": num_domains, "1+K": 1 + num_domains}[test] == cost.test_forwards
+
+
+def commands() -> list[str]:
+    """Every command of the table "Everyday use"."""
+    table = TEXT.split("## Everyday use")[1].split("\n\n")[2]
+    return [command for command in re.findall(r"`([^`]+)`", table) if command.startswith("python ")]
+
+
+@pytest.mark.parametrize("command", sorted({" ".join(command.split()[:3]) for command in commands()}))
+def test_commands_are_there_and_have_help(command: str) -> None:
+    words = shlex.split(command)[1:]
+    program = words if words[0] == "-m" else words[:1]
+    done = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage:")
+
+
+def test_options_of_the_commands_are_known() -> None:
+    for command in commands():
+        words = shlex.split(command)[1:]
+        program = words[:2] if words[0] == "-m" else words[:1]
+        done = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True)
+        for option in (word for word in words if word.startswith("--")):
+            assert option in done.stdout, (command, option)
