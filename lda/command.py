@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lda.errors import UsageError
+from lda.errors import FailedError, UsageError
 
 
 def exit_code(work: Callable[[], int | None]) -> int:
-    """Do `work`. 0 done, 1 failed (a disk that is full or not writable), 2 bad usage, 130 interrupted.
+    """Do `work`. 0 done, 1 failed (a disk that is full, a loss that is not finite), 2 bad usage, 130 interrupted.
 
     `work` may say by a code of its own that it is done and something is wrong.
     """
@@ -20,7 +20,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, FailedError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

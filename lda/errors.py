@@ -12,6 +12,10 @@ class UsageError(ValueError):
     """A mistake of the user (argument, study file, data folder). Commands print its message and exit with 2."""
 
 
+class FailedError(RuntimeError):
+    """What was asked for cannot be done, through no mistake of the user. Commands print its message and exit with 1."""
+
+
 def unknown(what: str, value: object, choices: Iterable[str]) -> str:
     """The line for a name that is not among `choices`, with the nearest valid one if any is near."""
     valid = list(choices)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lda import config as configs
 from lda import methods
-from lda.errors import UsageError
+from lda.command import exit_code
 from lda.protocols import PROTOCOLS, get_protocol
 
 
@@ -52,20 +52,15 @@ def resolve(options: argparse.Namespace) -> configs.Config:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 done, 1 failed, 2 bad usage, 130 interrupted."""
-    try:
-        options = parse_arguments(arguments)  # its help lists the methods, whose folder may be wrong
-        config = resolve(options)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """`python -m lda.train`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+    return exit_code(lambda: _run(parse_arguments(arguments)))
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = resolve(options)
     name = f"{config.run.protocol}-{config.run.target}-{config.method.name}-s{config.run.seed}"
-    return _run(config, options.output or Path("runs", "train", name), options.data_root)
-
-
-def _run(config: configs.Config, folder: Path, data_root: Path | None) -> int:
-    from lda.trainer import TrainingError  # torchvision takes seconds: bad usage is told before
-    from lda.unit import Progress as UnitProgress
+    folder = options.output or Path("runs", "train", name)
+    from lda.unit import Progress as UnitProgress  # torchvision takes seconds: bad usage is told before
     from lda.unit import run_unit
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -78,13 +73,7 @@ def _run(config: configs.Config, folder: Path, data_root: Path | None) -> int:
                 bar.console.print(f"epoch {progress.epoch}: selection score {100 * progress.score:.1f}")
 
         try:
-            result = run_unit(config, folder, data_root=data_root, on_progress=show)
-        except UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except TrainingError as error:
-            print(f"failed: {error}", file=sys.stderr)
-            return 1
+            result = run_unit(config, folder, data_root=options.data_root, on_progress=show)
         except KeyboardInterrupt:
             print(f"interrupted; the same command goes on from {folder / 'checkpoint.pt'}", file=sys.stderr)
             return 130

@@ -18,13 +18,14 @@ from lda.data.cache import cache_dir
 from lda.data.packed import pack
 from lda.data.sources import Task
 from lda.device import forward_context
+from lda.errors import FailedError
 from lda.groups import Schedule
 from lda.methods.base import Losses, ParameterGroup
 
 _REMEDY = "try a lower learning_rate or a longer warmup_epochs"
 
 
-class TrainingError(RuntimeError):
+class TrainingError(FailedError):
     """A run that cannot go on: the message names the term, the step and what to try."""
 
 

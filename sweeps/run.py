@@ -174,7 +174,6 @@ def _coordinate(
     given: argparse.Namespace, name: str, spec: StudySpec, folder: Path, url: str, arguments: Sequence[str]
 ) -> int:
     from sweeps.coordinator import Coordinator, Plan
-    from sweeps.crew.processes import StudyError
     from sweeps.crew.slots import plan_slots
     from sweeps.finish import finish
     from sweeps.plan.images import prepare_data
@@ -193,11 +192,7 @@ def _coordinate(
     )
     _announce(plan, given.set)
     coordinator = Coordinator(plan)
-    try:
-        finished = coordinator.run()
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    finished = coordinator.run()
     if not finished:
         print(f"interrupted; everything finished is kept. Go on with:\n  {plan.command}", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lda.errors import UsageError
+from lda.errors import FailedError, UsageError
 from sweeps.crew.assignment import STOP_SECONDS, Assignment, End
 from sweeps.crew.heartbeat import EXIT_FENCED
 from sweeps.crew.slots import Slot
@@ -21,7 +21,7 @@ from sweeps.study_folder import StudyFolder
 _DEATHS_IN_VAIN = 3  # of workers in a row, beside one per slot, while no attempt was begun
 
 
-class StudyError(RuntimeError):
+class StudyError(FailedError):
     """The study cannot go on, through no mistake in its settings."""
 
 
