@@ -6,7 +6,7 @@ folder with a `STANDIN.json` is whole.
 STANDIN.json: {"version", "seed", "scale", "hash", "hashes": {data set: hash}, "counts": {data set: {part: {"ids",
 "images", "cameras"}}}}. A hash covers every file's relative name with its decoded pixels (other files: their bytes),
 not the encoded bytes: the same pixels compress differently under another zlib. `hash` is that of the sets which this
-version began with (`standin_layouts.FIRST`), together; a set that joined later has its own in `hashes`. So results on
+version began with (`layouts.FIRST`), together; a set that joined later has its own in `hashes`. So results on
 the first ones stay what they are when another set joins. A tree from before gets the sets that it lacks.
 """
 
