@@ -69,10 +69,10 @@ def test_no_two_groups_share_a_key() -> None:
     assert len(names) == len(set(names)) == len(COMMON)
 
 
-def test_every_setting_says_what_it_is_and_where_it_comes_from() -> None:
+def test_every_setting_says_what_it_is() -> None:
     for name, known in COMMON.items():
         assert known.help, name
-        assert known.source, name
+        assert known.search is None or known.kind in (int, float), name
 
 
 def test_round_trip_through_json() -> None:

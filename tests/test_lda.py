@@ -180,7 +180,10 @@ def test_backbone_has_the_plain_networks_parameters() -> None:
     ids=str,
 )
 def test_every_switch_trains_and_embeds(changes: dict[str, Any]) -> None:
-    """Two steps per domain: finite losses, every trainable parameter that is used gets a gradient."""
+    """Two steps per domain: finite losses, every parameter of the backbone gets a gradient.
+
+    Heads are looked at, over more steps, in tests/test_methods.py.
+    """
     method = build_method(small(**changes), NUM_IDS)
     for step in range(6):
         losses = method.training_losses(batch(step % 3, seed=step), step)

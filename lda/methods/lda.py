@@ -72,8 +72,9 @@ class LDASettings(IdentitySettings):
         0.1, "lambda_a of Eq. (11), weight of L_align", low=0.0, high=100.0, search=Range(0.01, 5.0, log=True)
     )
     bank_warmup_updates: int = setting(
-        50, "bank updates every domain must have before Network-A starts (0: at once)", low=0, high=10**6, standin=5
-    )
+        50, "bank updates every domain must have before Network-A starts (0: at once)", low=0, high=10**6, standin=5,
+        search=Range(0, 100),
+    )  # fmt: skip
     network_a: Literal["an", "in", "none"] = setting(
         "an", "second path: an = Anti-Normalization, in = instance norm without the bank, none", "poster"
     )
