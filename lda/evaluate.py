@@ -11,7 +11,7 @@ from typing import Any
 from lda.checkpoint import load_method, read_checkpoint
 from lda.command import exit_code
 from lda.config import Config, check_keys, parse_overrides
-from lda.data.options import DataOptions
+from lda.data.catalogue import facts, names
 from lda.data.sources import evaluation_splits
 from lda.data.standin.tree import ensure_standin
 from lda.device import choose_device
@@ -46,14 +46,20 @@ def test_config(trained: Config, target: str, changes: Mapping[str, Any]) -> Con
     """
     check_keys(changes, trained.method.name)
     own = [key for key, known in settings_of(type(trained.method.settings)).items() if known.test]
-    open_keys = [*own, *settings_of(Test), *settings_of(DataOptions), *settings_of(Machine)]
+    told = [*own, *settings_of(Test), *_choosing_test_images()]
     for key in changes:
-        if key not in open_keys:
+        if key not in (*told, *settings_of(Machine)):
             raise UsageError(
                 f"--set {key}: is a setting of training, which is over; a test of {trained.method.name} can be told: "
-                f"{', '.join([*own, *settings_of(Test), *settings_of(DataOptions)])}"
+                f"{', '.join(told)}"
             )
     return trained.replace(target=target, **changes)
+
+
+def _choosing_test_images() -> list[str]:
+    """The options of data sets that choose a query and gallery, and not what trains."""
+    roles = [(option, role) for name in names() for option, role in facts(name).options.items()]
+    return [option for option, role in roles if role != "extent"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,9 +10,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from lda.method import build_method
 from PIL import Image
 
+from lda import methods
 from lda.config import preset
 from lda.data import load_dataset
 from lda.data.options import DataOptions
@@ -21,7 +21,7 @@ from lda.data.standin.__main__ import main
 from lda.data.standin.cuhk03_release import write_release
 from lda.data.survey import MARKER
 from lda.errors import UsageError
-from lda.evaluate import Evaluator
+from lda.testing import Evaluator
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_the_classic_protocol_is_evaluated(release: Path) -> None:
     splits = evaluation_splits("cuhk03", release, DataOptions(cuhk03_protocol="classic")).splits
     assert len(splits) == 20
     config = preset("standin", method="baseline", threads=1)
-    method = build_method(config, [4, 4])
+    method = methods.build(config.method, config.setup([4, 4]))
     evaluation = Evaluator(splits, config, torch.device("cpu"))(method)
     whole = Evaluator([replace(s, single_gallery_shot=False) for s in splits], config, torch.device("cpu"))(method)
     for ranking, usual in zip(evaluation.rankings, whole.rankings, strict=True):
