@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import subprocess
 import sys
 import time
@@ -87,8 +88,11 @@ def test_workers_that_die_before_they_begin_end_the_study(tmp_path: Path, monkey
 
 def ending(folder: Path, body: str) -> str:
     """A program that stands in for Python, and so for the worker: it runs `body` whatever it is asked to."""
-    program = folder / "python"
-    program.write_text(f"#!{sys.executable}\nimport os, signal, sys\nfrom sweeps.crew.assignment import End\n{body}\n")
+    script, program = folder / "body.py", folder / "python"
+    script.write_text(f"import os, signal, sys\nfrom sweeps.crew.assignment import End\n{body}\n")
+    program.write_text(
+        f"#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(script))}\n"
+    )  # paths with spaces
     program.chmod(0o755)
     return str(program)
 
