@@ -63,7 +63,7 @@ class Expected:
 
 
 EXPECTED = {
-    "defaults": Expected({}, 5, [], ["cuhk03", "market1501"], (2, 3, 10), "baseline, defaults, top 1"),
+    "defaults": Expected({}, 5, [], ["cuhk03"], (2, 3, 5), "baseline, defaults, top 1"),
     "baseline": Expected(OTHER, 1, ["--set", "method=baseline"], ["cuhk03"], (2, 2, 4), "defaults, top 1"),
     "grid": Expected(GRID, 2, [], ["cuhk03"], (4, 4, 8), "baseline, defaults, top 1, top 2"),
 }

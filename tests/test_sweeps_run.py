@@ -146,7 +146,7 @@ def test_mistakes_end_with_one_line_and_exit_2(tmp_path: Path, arguments: list[s
     [
         (["--list"], {"torch", "optuna", "wandb", "numpy"}),
         # A method's settings lie in its file, beside layers: checking them loads torch, and nothing else that is slow.
-        (["--study", "protocol3", "--dry-run"], {"optuna", "wandb", "pandas", "scipy", "matplotlib"}),
+        (["--study", "protocol3", "--dry-run"], {"torchvision", "optuna", "wandb", "pandas", "scipy"}),
     ],
 )
 def test_answers_at_once(tmp_path: Path, arguments: list[str], heavy: set[str]) -> None:

@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models import ResNet18_Weights, ResNet50_Weights, resnet18, resnet50
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from lda.errors import UsageError
 from lda.groups import Setup
 from lda.parts.routes import statistics_held
+
+if TYPE_CHECKING:
+    from torchvision.models.resnet import ResNet
+
+# torchvision takes as long to import as torch does: only what builds a network waits for it, no command line.
 
 _SMALL_WIDTHS = (24, 48, 96, 192)
 
@@ -101,6 +105,9 @@ def build_backbone(name: str, pretrained: str = "none", recompute: bool = False)
         if pretrained != "none":
             raise UsageError(f"pretrained: the small backbone has no pretrained weights, got {pretrained!r}; use none")
         return Backbone(_small_parts(), _SMALL_WIDTHS[-1], recompute)
+    from torchvision.models import ResNet18_Weights, ResNet50_Weights, resnet18, resnet50
+    from torchvision.models.resnet import BasicBlock
+
     make, weights = {
         "resnet50": (resnet50, ResNet50_Weights.IMAGENET1K_V1),
         "resnet18": (resnet18, ResNet18_Weights.IMAGENET1K_V1),
@@ -143,6 +150,8 @@ def _load_weights(network: ResNet, path: Path) -> None:
 
 def _small_parts() -> list[tuple[str, nn.Module]]:
     """A stem and four basic blocks: strides 2 | 1 2 2 1, so a 64 x 32 image becomes an 8 x 4 map."""
+    from torchvision.models.resnet import BasicBlock
+
     stem = nn.Conv2d(3, _SMALL_WIDTHS[0], 3, stride=2, padding=1, bias=False)
     parts: list[tuple[str, nn.Module]] = [
         ("conv1", stem),

@@ -20,13 +20,17 @@ Shapes: x (N, C, H, W) of N images, C channels.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from lda.errors import UsageError
 from lda.parts.backbones import Backbone
+
+if TYPE_CHECKING:
+    from torchvision.models.resnet import BasicBlock, Bottleneck
 
 
 def need_a_map(x: Tensor) -> None:
@@ -105,7 +109,7 @@ class NormalisedSumBlock(nn.Module):
         for name, layer in block.named_children():
             self.add_module(name, layer)
         self.downsample: nn.Module | None = block.downsample
-        self.convolutions = 3 if isinstance(block, Bottleneck) else 2
+        self.convolutions = 3 if hasattr(block, "conv3") else 2
         self.sum_norm = InstanceSite(channels, affine=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,6 +158,8 @@ def use_after_stages(backbone: Backbone) -> None:
 
 
 def _normalise_sums(backbone: Backbone, num_stages: int) -> None:
+    from torchvision.models.resnet import BasicBlock, Bottleneck  # late, as in backbones.py
+
     for stage in backbone.stages[:num_stages]:
         blocks = backbone.get_submodule(stage)
         assert isinstance(blocks, nn.Sequential), "a stage is a sequence of blocks"
