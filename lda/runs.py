@@ -449,6 +449,16 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+def made_by_this_code(folder: Path) -> bool:
+    """Whether a unit's env.json names this commit and these package versions; False where that cannot be known."""
+    try:
+        then, now = read_json(folder / ENVIRONMENT), environment("")
+    except UsageError:
+        return False
+    known = bool(now["commit"]) and not now["dirty"] and then.get("dirty") is False
+    return known and all(then.get(key) == now[key] for key in ("commit", "versions"))
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

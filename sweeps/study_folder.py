@@ -24,7 +24,7 @@ from typing import IO, Any, Literal
 
 from lda.errors import UsageError
 from lda.files import read_json, write_json
-from lda.runs import finished, read_unit, training_of, unit_folders
+from lda.runs import CONFIG, finished, made_by_this_code, read_unit, training_of, unit_folders
 
 FORMAT = 2
 """Version of study.json and of the attributes of an Optuna study; 1 had none."""
@@ -110,11 +110,14 @@ class StudyFolder:
         return None
 
     def trained(self, training: str) -> list[Path]:
-        """Units that learnt, or learn, what this training hash names: of this study, then of its neighbours."""
-        studies = [self.path, *sorted(path for path in self.path.parent.glob("*") if path != self.path)]
-        trials = [trial for study in studies for trial in sorted(study.glob("trial-*"))]
-        units = [unit for trial in trials for unit in unit_folders(trial) if not unit.is_symlink()]
-        return [unit for unit in units if training_of(unit) == training]
+        """Units that learnt, or learn, what this training hash names: of this study, then of its neighbours.
+
+        A hash names settings and images, not code: of a neighbour only what this very commit trained.
+        """
+        units = [config.parent for config in sorted(self.path.parent.glob(f"*/trial-*/*/{CONFIG}"))]
+        same = [unit for unit in units if not unit.is_symlink() and training_of(unit) == training]
+        own = [unit for unit in same if unit.is_relative_to(self.path)]
+        return own + [unit for unit in same if unit not in own and made_by_this_code(unit)]
 
     # --- study.json --------------------------------------------------------------------------------------------------
 
