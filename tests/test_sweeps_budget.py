@@ -41,7 +41,7 @@ def held(command: Command) -> tuple[list[Configuration], list[Configuration]]:
 def announced(command: Command, *options: str) -> tuple[int, int, int, str]:
     """(trials, confirmation runs, units, what is compared) that a dry run prints."""
     assert command.run("--dry-run", *options) == 0, command.output
-    trials = re.search(r"^search +(\d+) trials", command.output, re.M)
+    trials = re.search(r"^search +(\d+) trials?", command.output, re.M)
     confirm = re.search(r"^confirm +(?:(\d+) runs: (.*); seeds|none)", command.output, re.M)
     units = re.search(r"^units +(\d+) \(one per target\)", command.output, re.M)
     assert trials is not None

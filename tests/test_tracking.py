@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +108,15 @@ def test_disabled_imports_no_wandb(tmp_path: Path) -> None:
 def test_account_without_network_falls_back_to_offline(tmp_path: Path) -> None:
     """A key is configured, the server does not answer: no prompt, a bounded wait, an offline run."""
     env = {**os.environ, "WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    started = time.monotonic()
+    hurried = "from lda import tracking; tracking._ONLINE_TIMEOUT = 3.0\n"
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True, check=False, env=env,
+        [sys.executable, "-c", hurried + RUN, str(tmp_path)], capture_output=True, text=True, check=False, env=env,
         stdin=subprocess.DEVNULL, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "logging offline" in done.stderr
     assert "k" * 40 not in done.stderr + done.stdout
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
-    assert time.monotonic() - started < 100
     leaked = [path for path in tmp_path.rglob("*") if path.is_file() and b"k" * 40 in path.read_bytes()]
     assert leaked == []
 

@@ -32,7 +32,10 @@ def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: 
             for target in spec.targets
         ),
         ("selection", spec.selection),
-        ("search", f"{spec.num_trials} trials by {search.sampler}, seed {spec.seed}; trial 0 is the defaults"),
+        (
+            "search",
+            f"{spec.num_trials} trial{'' if spec.num_trials == 1 else 's'} by {search.sampler}, seed {spec.seed}; trial 0 is the defaults",
+        ),
         *(("", f"{key}: {_axis(spec, key)}") for key in search.space),
         *(("fixed", pair) for pair in fixed),
         *(("limit", text) for text in _limits(spec)),
