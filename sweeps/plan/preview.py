@@ -32,10 +32,7 @@ def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: 
             for target in spec.targets
         ),
         ("selection", spec.selection),
-        (
-            "search",
-            f"{spec.num_trials} trial{'' if spec.num_trials == 1 else 's'} by {search.sampler}, seed {spec.seed}; trial 0 is the defaults",
-        ),
+        ("search", f"{_trials(spec)} by {search.sampler}, seed {spec.seed}; trial 0 is the defaults"),
         *(("", f"{key}: {_axis(spec, key)}") for key in search.space),
         *(("fixed", pair) for pair in fixed),
         *(("limit", text) for text in _limits(spec)),
@@ -45,6 +42,10 @@ def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: 
         *where,
     ]
     return "\n".join(f"{name:11}{text}" for name, text in lines)
+
+
+def _trials(spec: StudySpec) -> str:
+    return f"{spec.num_trials} trial{'' if spec.num_trials == 1 else 's'}"
 
 
 def _axis(spec: StudySpec, key: str) -> str:
