@@ -40,6 +40,11 @@ def split_by_domain(batch: Batch, held_out: Collection[int]) -> tuple[Batch, Bat
     return _part(batch, ~out), _part(batch, out)
 
 
+def domain_parts(batch: Batch) -> dict[int, Batch]:
+    """Domain -> its images, for the domains that are in the batch, by rising domain; each in the order of the batch."""
+    return {domain: _part(batch, batch.domains == domain) for domain in sorted(set(batch.domains.tolist()))}
+
+
 def _part(batch: Batch, chosen: Tensor) -> Batch:
     rows = chosen.nonzero()[:, 0]  # found on the CPU: a mask on a GPU would be waited for
     there = rows.to(batch.images.device)
