@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from mixed_batches import build, shaken
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lda.batch import Batch
 from lda.errors import UsageError
 from lda.methods import m3l
-from lda.methods.base import Losses
+from lda.methods.base import Losses, Method
 from lda.methods.m3l import M3L, draws, mixed, moments, virtual_weights
 from lda.parts.episodes import domain_parts, draw_held_out
 from lda.parts.heads import gem
@@ -61,9 +62,9 @@ def in_double(method: M3L, batch: Batch) -> tuple[M3L, Batch]:
     return method.double(), batch._replace(images=batch.images.double())
 
 
-def slopes(method: M3L, loss: Tensor) -> dict[str, Tensor]:
+def slopes(method: Method, loss: Tensor) -> dict[str, Tensor]:
     """Name -> derivative by every weight."""
-    names = dict(method.named_parameters())
+    names = {name: p for name, p in method.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
     return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(names.items(), found, strict=True)}
 
@@ -191,7 +192,7 @@ def test_modes_against_hessians(meta: m3l.Meta, size: float) -> None:
         "release": -(rate * slope @ hessian).T @ g_te,
     }[meta]
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
-    assert float((expected - g_te).norm()) > 1e-4 or meta == "first"
+    assert meta == "first" or size == 1.0 or float((expected - g_te).norm()) > 1e-2
 
 
 @pytest.mark.parametrize("metabn", ["on", "off"])
@@ -573,8 +574,9 @@ class Stepping:
         self.after = copy.deepcopy(self.method)
 
 
-@pytest.mark.parametrize(("step", "order"), [(0, (0, 1, 2)), (1, (1, 2, 0)), (5, (2, 0, 1))])
-@pytest.mark.parametrize("meta", ["exact", "none"])
+@pytest.mark.parametrize(
+    ("meta", "step", "order"), [("exact", 0, (0, 1, 2)), ("first", 1, (1, 2, 0)), ("none", 5, (2, 0, 1))]
+)
 def test_statistics_are_those_of_the_last_passes_in_rotated_order(meta: str, step: int, order: tuple[int, ...]) -> None:
     method, batch = method_of(m3l_meta=meta), batch_of()
     before = copy.deepcopy(method)
@@ -620,9 +622,9 @@ def test_a_lazy_memory_begins_with_the_first_batch() -> None:
 
 
 def test_memories_are_in_the_state_and_go_on() -> None:
-    method, batch = method_of(), batch_of()
+    method, batch = method_of(m3l_meta="first"), batch_of()
     method.train_step(batch, 0, Stepping(method))
-    later = method_of(seed=0)
+    later = method_of(m3l_meta="first")
     later.load_state_dict(method.state_dict())
     assert {"memory.rows", "memory.seen"} <= method.state_dict().keys()
     for one in (method, later):
@@ -632,7 +634,7 @@ def test_memories_are_in_the_state_and_go_on() -> None:
 
 @pytest.mark.parametrize("ids", [(2, 1, 1), (1, 1, 1), (2, 0, 2)])
 def test_domains_of_one_identity_or_of_none_in_a_batch(ids: tuple[int, ...]) -> None:
-    method, batch = method_of(), batch_of(ids)
+    method, batch = method_of(m3l_meta="first"), batch_of(ids)
     for step in range(4):
         held_out = held_out_of(method, batch, step)
         losses = method.train_step(batch, step, Stepping(method))
@@ -645,6 +647,44 @@ def test_domains_of_one_identity_or_of_none_in_a_batch(ids: tuple[int, ...]) -> 
 def test_a_batch_of_one_domain_cannot_be_judged() -> None:
     with pytest.raises(ValueError, match="hold out"):
         method_of().training_losses(batch_of((3, 0, 0)), 0)
+
+
+@pytest.mark.parametrize(("meta", "num_domains"), [("none", 2), ("first", 3), ("release", 2), ("exact", 4)])
+def test_convolutions_cost_what_is_declared(meta: str, num_domains: int) -> None:
+    num_ids, batch = (4,) * num_domains, batch_of((1,) * num_domains)
+    baseline = build("baseline", num_ids)
+    with FlopCounterMode(display=False) as plain:
+        slopes(baseline, baseline.training_losses(batch, 0)["loss/total"])
+    method = method_of(num_ids, m3l_meta=meta)
+    with FlopCounterMode(display=False) as counted:
+        method.train_step(batch, 0, Stepping(method))
+
+    def convolutions(counter: FlopCounterMode) -> int:
+        found = counter.get_flop_counts()["Global"]
+        return sum(number for operation, number in found.items() if "convolution" in str(operation))
+
+    assert convolutions(counted) / convolutions(plain) == pytest.approx(method.cost.train_passes, rel=0.02)
+
+
+def test_in_bf16_memories_and_comparisons_stay_in_fp32() -> None:
+    memory, vectors, labels = memory_of(), vectors_of(4), torch.tensor([0, 1, 1, 3])
+    full = memory_of(full=False)
+    full.update(vectors, labels, 1)
+    expected = memory.loss(vectors, labels, 1), full.rows
+    lazy = memory_of(full=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lazy.update(vectors, labels, 1)
+        assert torch.equal(memory.loss(vectors, labels, 1), expected[0])
+    assert torch.equal(lazy.rows, expected[1])
+
+    method, batch = method_of(), batch_of()
+    terms: list[Losses] = []
+    features, vectors = torch.randn(4, 192, generator=torch.Generator().manual_seed(0)), unit(torch.ones(4, 192))
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            terms.append(method._terms(features, [vectors], batch.labels[:4], 0))
+            assert all(v.dtype == torch.float32 for v in method.training_losses(batch, 0).values())
+    assert terms[0] == terms[1]
 
 
 @pytest.mark.parametrize("case", ["equal images", "dead channels"])

@@ -24,18 +24,20 @@ no candidate in (M2), its images add nothing to (M2), and the first (M8) copies 
 
 What (M7) differentiates is `m3l_meta`. H = dg/dtheta, D = du/dd of (M4), g_te = dL_te/dtheta':
     exact     (I - alpha D (H + wd))^T g_te        first     g_te: d is constant
-    release   -(alpha D H)^T g_te                  none      no held-out source: 2 mean_k [l + w Tri] over all K
+    release   -(alpha D H)^T g_te                  none      no held-out source: 2 mean_k [l + w Tri] over all K;
+                                                             (M4) and (M5), and their settings, have no part in it
 The release clones the weights as new leaves before it steps, which cuts the identity out of dtheta'/dtheta, so L_te
-reaches the weights through H only. exact is the paper's objective. The factor 2 of none, the control, gives a domain
-the weight in the total that it has in the others on average, against the same weight decay.
+reaches the weights through H only. exact is the paper's objective; passes in bf16 leave noise in its H. The factor 2 of
+none, the control, gives a domain the weight in the total that it has in the others on average, against the same weight
+decay.
 
 Statistics: the passes of (M1) to (M6) leave the running statistics alone; those of (M8) enter them, each domain once a
 step, in an order that goes round by one each step (the last one weighs most). The release records every pass, that of
 theta' too. With m = 0.2 and four images of an identity a row is practically its last image.
 
-Confidence: high in the release (HeliosZhao/M3L, fa6c234), which was read; the paper's text was not. Departures: 64
-images a step are split over the domains, where the release takes 64 of each; any K >= 2; sigma_j in (M5) is the
-deviation, where the release takes the variance (`m3l_scale=variance`), which the neck divides out again almost wholly
+Confidence 90 %: the release was read in full (HeliosZhao/M3L, fa6c234), the paper's text was not. Departures: 64 images
+a step are split over the domains, where the release takes 64 of each; any K >= 2, where it knows three; sigma_j in (M5)
+is the deviation, where it takes the variance (`m3l_scale=variance`), which the neck divides out again almost wholly
 unless lam is close to 1; GeM, augmentation and schedule are those of all methods here; no choice of an epoch by the
 target. A domain with a single identity in the batch has no triplets. Its neck has a shift, which learns, and test
 features lie behind it, both unlike the plain baseline's.
