@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.comparison import AVERAGE, BETWEEN, CONDITIONS, METRICS, protocol_table
-from analysis.published import published_table
+from analysis.published import POSTER, newer_table, published_table
 from analysis.study import Study, load_study, print_name
 from analysis.text_tables import Grid, as_latex, as_markdown, as_text
 from lda.command import exit_code
@@ -46,10 +46,10 @@ def render(study: Study | Path, format: str = "text", published: bool = False) -
     if poster is not None and poster.empty:
         raise UsageError(f"--published: the poster has no table for {study.protocol.title}")
     if format == "csv":
-        return _csv(table, poster)
+        return _csv(table, None if poster is None else pd.concat([poster, newer_table(study.protocol.name)]))
     grids = study_grids(study, table)
     if poster is not None:
-        grids.append(_published_grid(study, poster))
+        grids += _published_grids(study, poster, newer_table(study.protocol.name))
     title = f"{study.protocol.title}, study {study.name}"
     return {"text": as_text, "markdown": as_markdown, "latex": as_latex}[format](title, conditions(study, table), grids)
 
@@ -226,18 +226,28 @@ def _gain_grid(study: Study, table: pd.DataFrame) -> Grid:
     )
 
 
-def _published_grid(study: Study, poster: pd.DataFrame) -> Grid:
+def _published_grids(study: Study, poster: pd.DataFrame, newer: pd.DataFrame) -> list[Grid]:
+    warning = "" if study.data == "real" else "; OTHER DATA than above, which is stand-in: do not compare"
+    printed = _published_grid(study, poster, f"Published on the LDA poster, real data sets{warning}")
+    printed.notes.append(
+        "Averages are the printed ones, over all targets of the protocol. The poster does not define its star"
+    )
+    if newer.empty:
+        return [printed]
+    return [printed, _published_grid(study, newer, f"Published since, not on the poster, real data sets{warning}")]
+
+
+def _published_grid(study: Study, published: pd.DataFrame, title: str) -> Grid:
     rows, notes = [], []
-    for method, group in poster.groupby("method", sort=False):
-        cells = group.set_index("target")
+    for method, group in published.groupby("method", sort=False):
+        cells = group.set_index("target").reindex([*study.targets, AVERAGE])  # of some only the average is known
         star = "*" if (group["starred"] == "yes").any() else ""
-        values = [float(cells.loc[target, metric]) for target in [*study.targets, AVERAGE] for metric in METRICS]
+        values = [float(value) for _, cell in cells.iterrows() for value in (cell[metric] for metric in METRICS)]
         rows.append([f"{method}{star} ({group['venue'].iloc[0]})", *(_cell(value, np.nan) for value in values)])
         for note, noted in group[group["note"] != ""].groupby("note", sort=False):
-            notes.append(f"{method}, {', '.join(map(_print, noted['target']))}: {note}")
-    notes.append("Averages are the printed ones, over all targets of the protocol. The poster does not define its star")
-    warning = "" if study.data == "real" else "; OTHER DATA than above, which is stand-in: do not compare"
-    return Grid(f"Published on the LDA poster, real data sets{warning}", _columns(study), rows, notes)
+            where = "" if len(noted) == len(group) else f", {', '.join(map(_print, noted['target']))}"
+            notes.append(f"{method}{where}: {note}")
+    return Grid(title, _columns(study), rows, notes)
 
 
 def _columns(study: Study) -> list[tuple[str, str]]:
@@ -268,11 +278,14 @@ def _gain(row: pd.Series, column: str) -> str:
     return f"{mean:+.1f}" if np.isnan(low) else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _csv(table: pd.DataFrame, poster: pd.DataFrame | None) -> str:
+def _csv(table: pd.DataFrame, published: pd.DataFrame | None) -> str:
     """Every row carries its conditions, so that none can be taken for another kind of number."""
     rows = table
-    if poster is not None:
-        printed = poster.assign(configuration="published", label=poster["method"], data="real (printed on the poster)")
+    if published is not None:
+        where = published["source"].replace({POSTER: "the poster"})
+        printed = published.assign(
+            configuration="published", label=published["method"], data="real (printed on " + where + ")"
+        )
         columns = ["configuration", "label", "target", "mAP", "rank1", "data", "note"]
         rows = pd.concat([table.astype({"seeds": "Int64"}), printed[columns]])
     text: str = rows.to_csv(index=False, float_format="%.3f", lineterminator="\n")
