@@ -24,6 +24,7 @@ from lda.methods.bau import (
 )
 from lda.parts.heads import gem
 from lda.parts.instance_sites import InstanceSite
+from lda.parts.losses import batch_hard_triplet_loss
 
 B = 6
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -350,6 +351,7 @@ def test_losses_are_those_of_the_equations() -> None:
     prototypes = other.prototypes
     expected = {
         "loss/id": F.cross_entropy(logits, labels, label_smoothing=0.2),
+        "loss/triplet": batch_hard_triplet_loss(e_w, labels, 0.3),
         "loss/align": alignment_loss(f_w, f_s, labels, reciprocal_weights(f_w, f_s, 5)),
         "loss/uniform": (uniformity_loss(f_w, 1.5) + uniformity_loss(f_s, 1.5)) / 2,
         "loss/domain": sum(domain_uniformity_loss(f, prototypes, own, 1.5) for f in (f_w, f_s)) / 2,
