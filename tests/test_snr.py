@@ -33,7 +33,7 @@ def site(pool: Pool = "plain", channels: int = 6, reduction: int = 1) -> Restitu
         made.norm.bias.uniform_(-0.5, 0.5)
         made.squeeze.bias.uniform_(-0.2, 0.2)
         made.excite.bias.uniform_(-1, 1)
-    return made
+    return made.requires_grad_(False)
 
 
 def a_map(images: int = 6, channels: int = 6, seed: int = 1) -> Tensor:
@@ -63,9 +63,9 @@ def gates(network: nn.Module, bias: float) -> None:
 
 def test_a_site_equals_the_equations_one_value_at_a_time() -> None:
     of, x = site(), a_map()
-    found = of.eval()(x).detach()
-    w1, b1, w2, b2 = (p.detach().double() for layer in (of.squeeze, of.excite) for p in (layer.weight, layer.bias))
-    gamma, beta = of.norm.weight.detach().double(), of.norm.bias.detach().double()
+    found = of.eval()(x)
+    w1, b1, w2, b2 = (p.double() for layer in (of.squeeze, of.excite) for p in (layer.weight, layer.bias))
+    gamma, beta = of.norm.weight.double(), of.norm.bias.double()
     for i, image in enumerate(x.double()):
         mean, var = image.mean((1, 2)), image.var((1, 2), correction=0)
         normalised = (image - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
@@ -84,7 +84,7 @@ def test_both_branches_add_up_to_map_and_normalised_map() -> None:
     restored, _ = forward(of, x)
     rest = parts.normalised + (1 - a) * parts.residual
     torch.testing.assert_close(restored + rest, x + parts.normalised)
-    assert float(a.detach().std()) > 0.1
+    assert float(a.std()) > 0.1
 
 
 def test_open_gates_give_the_map_back_and_closed_ones_the_normalised_map() -> None:
@@ -117,7 +117,7 @@ def test_what_is_pooled_equals_the_pooled_maps(pool: Pool) -> None:
     torch.testing.assert_close(pooled.rest, minus, rtol=1e-4, atol=1e-5)
     if pool == "plain":
         assert pooled.normalised is None
-        torch.testing.assert_close(f, of.norm.bias.detach().expand(6, 6), rtol=1e-4, atol=1e-5)  # beta, whatever image
+        torch.testing.assert_close(f, of.norm.bias.expand(6, 6), rtol=1e-4, atol=1e-5)  # beta, whatever image
     else:
         torch.testing.assert_close(pooled.normalised, f)
         assert float(f.std(0).min()) > 1e-3
@@ -178,7 +178,7 @@ def test_plain_pooling_is_the_four_term_form_without_the_normalised_feature() ->
     """(S8) = (S6) with f = beta for all images; softplus is the soft margin loss of the release."""
     of, x = site(), a_map()
     _, pooled = forward(of, x)
-    beta = of.norm.bias.detach().expand(6, 6)
+    beta = of.norm.bias.expand(6, 6)
     found = float(restitution_loss(pooled, LABELS, "euclidean"))
     with_f = pooled._replace(normalised=beta)
     assert found == pytest.approx(float(restitution_loss(with_f, LABELS, "euclidean")), abs=1e-5)
