@@ -262,7 +262,7 @@ def test_a_site_begins_as_in_the_release() -> None:
             assert torch.equal(made.norm.weight, torch.ones_like(made.norm.weight))
             assert not any(bias.any() for bias in (made.norm.bias, made.squeeze.bias, made.excite.bias))
             for layer in (made.squeeze, made.excite):
-                assert float(layer.weight.std()) == pytest.approx(math.sqrt(2 / layer.out_features), rel=0.2)
+                assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / layer.out_features), rel=0.2)
     ours = method.state_dict()
     assert all(torch.equal(ours[key], value) for key, value in baseline.state_dict().items())
 

@@ -31,6 +31,9 @@ CVPR 2020. Module: microsoft/SNR f3d51b5 (classification, detection), confidence
 of the authors is public; (S6) is read in SunTongtongtong/FedReid a7ac5bc (SNR/hard_mine_triplet_loss.py), which very
 likely descends from theirs, confidence medium to high. lambda 0.1, 0.1, 0.5, 0.5 and the cosine distance are the
 paper's as remembered, medium; that code has 1 for each lambda, and the Euclidean distance (the default here).
+Another third party (hwz-zju/Instruct-ReID 12b6c33, reid/loss/dual_causality_loss.py) has the same four terms on another
+network, with 1/2 - cos, and one random positive and negative an image, the same for f, f+ and f-: how pairs are chosen
+is the least certain part of (S6).
 
 Where we depart: the triplet loss is the harness's, with a margin (there: soft). At least 4 hidden units in the gate:
 with r = 16 narrow stages would get 1 or 3, which die. Stage 4: F+ goes on through the harness's GeM, which cuts at
