@@ -77,6 +77,31 @@ def test_a_site_equals_the_equations_one_value_at_a_time() -> None:
             torch.testing.assert_close(found[i, c].double(), normalised[c] + a * lost[c], rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_in_a_site_is_detached() -> None:
+    """Gradients of F+ and of the pooled features against the equations in float64, by map and parameters."""
+    of = site().requires_grad_(True)
+    x = a_map().requires_grad_()
+    weights = torch.rand(6, 6, 5, 3, generator=torch.Generator().manual_seed(9))
+    restored, pooled = forward(of, x)
+    of_pooled = (pooled.restored * weights[..., 0, 0]).sum() + 2 * (pooled.rest * weights[..., 1, 1]).sum()
+    inputs = [x, *of.parameters()]
+    found = torch.autograd.grad((restored * weights).sum() + of_pooled, inputs)
+
+    leaves = {name: p.detach().double().requires_grad_() for name, p in of.named_parameters()}
+    y = x.detach().double().requires_grad_()
+    var, mean = torch.var_mean(y, (2, 3), correction=0, keepdim=True)
+    gamma, beta = (leaves[f"norm.{name}"][:, None, None] for name in ("weight", "bias"))
+    normalised = gamma * (y - mean) / (var + 1e-5).sqrt() + beta
+    hidden = F.relu(F.linear((y - normalised).mean((2, 3)), leaves["squeeze.weight"], leaves["squeeze.bias"]))
+    a = F.linear(hidden, leaves["excite.weight"], leaves["excite.bias"]).sigmoid()[:, :, None, None]
+    plus, minus = normalised + a * (y - normalised), normalised + (1 - a) * (y - normalised)
+    total = (plus * weights).sum() + (plus.mean((2, 3)) * weights[..., 0, 0]).sum()
+    total = total + 2 * (minus.mean((2, 3)) * weights[..., 1, 1]).sum()
+    expected = torch.autograd.grad(total, [y, *leaves.values()])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+
+
 def test_both_branches_add_up_to_map_and_normalised_map() -> None:
     of, x = site(), a_map()
     parts = of.parts(x)
@@ -279,7 +304,7 @@ def test_total_is_the_weighted_sum_and_every_site_has_its_weight() -> None:
 
 def test_step_of_a_site_is_that_of_its_map() -> None:
     """`loss/snr2` from the maps that enter the second site, joint labels included."""
-    method, data = shaken(snr(snr_sites="1 2", snr_pool="relu", snr_distance="cosine")), mixed_batch()
+    method, data = shaken(snr(snr_sites="1 2", snr_pool="relu")), mixed_batch()
     assert isinstance(method, SNR)
     entered: list[Tensor] = []
     other = copy.deepcopy(method)
@@ -293,7 +318,7 @@ def test_step_of_a_site_is_that_of_its_map() -> None:
     labels = torch.tensor([0, 1, 5, 8, 14, 16]).repeat_interleave(2)
     assert pooled.normalised is not None
     f, plus, minus = (z.detach().double() for z in (pooled.normalised, pooled.restored, pooled.rest))
-    assert losses["loss/snr2"].item() == pytest.approx(slow_loss(f, plus, minus, labels, "cosine"), rel=1e-4)
+    assert losses["loss/snr2"].item() == pytest.approx(slow_loss(f, plus, minus, labels, "euclidean"), rel=1e-4)
 
 
 def test_without_weights_the_gates_still_learn_by_the_identity_loss() -> None:
