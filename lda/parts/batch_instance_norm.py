@@ -5,7 +5,7 @@ the batch, mu_i, v_i those of image i. The images of a step are split: meta-trai
 
     (B1) y = rho BN(x) + (1 - rho) IN(x),  BN(x) = g_B (x - mu_b) / sqrt(v_b + eps) + b_B,
                                            IN(x) = g_I (x - mu_i) / sqrt(v_i + eps) + b_I
-    (B3) scatter  L_sc = mean_k mean_{i in k} cos(n_i, c_k),  n_i = f_i / |f_i|,  c_k = mean of n_i over domain k
+    (B3) scatter  L_sc = mean_k mean_{i in k} cos(n_i, c_k) = mean_k |c_k|,  n_i = f_i / |f_i|,  c_k = mean of n_i over k
     (B4) shuffle  L_sh = mean_i softplus(d+_i - d-_i),  d+_i: distance to the farthest image of ANOTHER domain,
                   d-_i: to the nearest image of another identity of the SAME domain
     (B5) L_tr = L_sh + Tri + L_sc                                       on meta-train
@@ -193,13 +193,14 @@ def mean_gate(network: nn.Module) -> Tensor:
 
 
 def scatter_loss(features: Tensor, domains: Tensor) -> Tensor:
-    """Equation (B3) of features (n, D) and domains (n,) on the CPU. Minimised, so it spreads every domain."""
+    """Equation (B3) of features (n, D) and domains (n,) on the CPU. Minimised, so it spreads every domain.
+
+    The mean cosine to the mean of unit vectors is the length of that mean, so it does not matter whether the centre is
+    detached.
+    """
     unit = F.normalize(features)
-    of_domains = []
-    for domain in sorted(set(domains.tolist())):
-        own = unit[(domains == domain).nonzero()[:, 0].to(unit.device)]
-        of_domains.append(F.cosine_similarity(own, own.mean(0, keepdim=True)).mean())
-    return torch.stack(of_domains).mean()
+    rows = [(domains == domain).nonzero()[:, 0].to(unit.device) for domain in sorted(set(domains.tolist()))]
+    return torch.stack([unit[own].mean(0).norm() for own in rows]).mean()
 
 
 def shuffle_loss(features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
