@@ -5,7 +5,7 @@ the batch, mu_i, v_i those of image i. The images of a step are split: meta-trai
 
     (B1) y = rho BN(x) + (1 - rho) IN(x),  BN(x) = g_B (x - mu_b) / sqrt(v_b + eps) + b_B,
                                            IN(x) = g_I (x - mu_i) / sqrt(v_i + eps) + b_I
-    (B3) scatter  L_sc = mean_k mean_{i in k} cos(n_i, c_k) = mean_k |c_k|,  n_i = f_i / |f_i|,  c_k = mean of n_i over k
+    (B3) scatter  L_sc = mean_k mean_{i in k} cos(n_i, c_k) = mean_k |c_k|,  n_i = f_i / |f_i|,  c_k = mean_{i in k} n_i
     (B4) shuffle  L_sh = mean_i softplus(d+_i - d-_i),  d+_i: distance to the farthest image of ANOTHER domain,
                   d-_i: to the nearest image of another identity of the SAME domain
     (B5) L_tr = L_sh + Tri + L_sc                                       on meta-train
