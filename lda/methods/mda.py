@@ -6,7 +6,7 @@ A network of MetaBIN, and a small variational autoencoder psi that ties its feat
 the network; L latents; S(x) = LeakyReLU_0.01(BN(linear(x))).
 
     (M2), (M3): the base step and the gate step of MetaBIN, as in `lda/methods/metabin.py`
-    (M4) encoder: u = S_H2(S_H1(f)),  mu = linear(u), l = linear(u),   (B, L) each; H1 = min(512, D/2), H2 = min(128, D/4)
+    (M4) encoder: u = S_H2(S_H1(f)),  mu = linear(u), l = linear(u), (B, L) each; H1 = min(512, D/2), H2 = min(128, D/4)
     (M5) z = mu + exp(l / 2) eps,  eps ~ N(0, I) drawn from (seed, step);  test: z = mu
     (M6) decoder: fhat = tanh(linear(S_H1(linear_H2(z))))
     (M7) V(f; psi) = mean_{n,d} (fhat - f)^2 + beta mean_n 1/2 sum_l (mu^2 + e^l - 1 - l)
@@ -55,6 +55,7 @@ from lda.methods.plain import PlainMethod
 from lda.parts.batch_instance_norm import (
     GateSettings,
     check_gates,
+    check_split,
     clamp_gates,
     gate_step,
     mean_gate,
@@ -149,6 +150,19 @@ def latent_loss(found: Reconstruction, features: Tensor, beta: float) -> Tensor:
     return F.mse_loss(found.features, features) + beta * divergence.mean()
 
 
+def held_out_loss(model: LatentModel, seen: Tensor, features: Tensor, noise: Tensor, settings: MDASettings) -> Tensor:
+    """V(f_te; psi') of Eq. (M9), differentiable through Eq. (M8), where `seen` is V(f_tr; psi) with its graph.
+
+    features (n, D), noise (n, L) of meta-test. Writes no running statistics.
+    """
+    psi = dict(model.named_parameters())
+    slope = torch.autograd.grad(seen, list(psi.values()), create_graph=True)
+    virtual = inner_step(psi, dict(zip(psi, slope, strict=True)), settings.mda_inner_rate)
+    with statistics_held(model):
+        found = functional_call(model, virtual, (features, noise))
+    return latent_loss(found, features, settings.mda_beta)
+
+
 class MomentumSGD(nn.Module):
     """torch's SGD with momentum and coupled weight decay, at a constant rate; what it remembers are its buffers."""
 
@@ -189,6 +203,7 @@ class MDA(PlainMethod):
         super().__init__(settings, setup)
         self.gated = settings.mda_base == "metabin"
         self.learns_gates = self.gated and settings.metabin_meta == "on"
+        check_split(settings, setup)
         if self.gated:
             check_gates(settings, setup, self.title)
             use_batch_instance_norm(self.backbone, trained_gates=not self.learns_gates)
@@ -245,7 +260,7 @@ class MDA(PlainMethod):
 
     def _split(self, features: Tensor, domains: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Features of meta-train and meta-test sources, drawn as in a gate step."""
-        number = self.num_domains - min(self.settings.train_domains(self.num_domains), self.num_domains - 1)
+        number = self.num_domains - self.settings.train_domains(self.num_domains)
         held_out = torch.tensor(draw_held_out(domains, self.setup.seed, step, number))
         tested = torch.isin(domains, held_out)
         first, second = ((chosen.nonzero()[:, 0]).to(features.device) for chosen in (~tested, tested))
@@ -253,19 +268,16 @@ class MDA(PlainMethod):
 
     def _latent_step(self, train: Tensor, test: Tensor, step: int) -> Losses:
         """Eqs. (M8) and (M9): features (n, D) before the neck of both parts. Writes psi and its momentum."""
-        beta, psi = self.settings.mda_beta, dict(self.latent.named_parameters())
         random = _generator(self.setup.seed, step, _NOISE)
         with torch.autocast(train.device.type, enabled=False):
             with torch.no_grad(), statistics_held(self.head):
-                f_train, f_test = (self.head.necks[0](part.float()) for part in (train, test))
-            found = self.latent(f_train, self._noise(f_train, random))
-            losses = {"loss/vae": latent_loss(found, f_train, beta)}
+                behind = [self.head.necks[0](part.float()) for part in (train, test)]
+            seen, unseen = ((part, self._noise(part, random)) for part in behind)
+            found = self.latent(*seen)
+            losses = {"loss/vae": latent_loss(found, seen[0], self.settings.mda_beta)}
             if self.settings.mda_meta == "on":
-                slope = torch.autograd.grad(losses["loss/vae"], list(psi.values()), create_graph=True)
-                virtual = inner_step(psi, dict(zip(psi, slope, strict=True)), self.settings.mda_inner_rate)  # Eq. (M8)
-                with statistics_held(self.latent):
-                    judged = functional_call(self.latent, virtual, (f_test, self._noise(f_test, random)))
-                losses["loss/vae_held_out"] = latent_loss(judged, f_test, beta)
+                losses["loss/vae_held_out"] = held_out_loss(self.latent, losses["loss/vae"], *unseen, self.settings)
+            psi = dict(self.latent.named_parameters())
             gradient = inner_gradient(torch.stack(list(losses.values())).sum(), psi)  # Eq. (M9)
         self.latent_optimizer.step(psi, gradient)
         active = (found.mean.detach().var(0) > _ACTIVE).sum().float()
@@ -289,7 +301,7 @@ class MDA(PlainMethod):
 
     def adapt(self, target: Iterable[TargetImages]) -> None:
         """Eq. (M11) for one camera of one side, and in the mode `latent` steps (M8) of the autoencoder."""
-        images = images_of_camera(target, self.settings.mda_camera_images)
+        images = images_of_camera(target, self.settings.mda_camera_images, "mda_inference")
         taken = take_camera_statistics(self._behind_neck, images, (self.backbone, self.head))
         if not taken or self.settings.mda_inference != "latent":
             return

@@ -101,18 +101,24 @@ class GateSettings(IdentitySettings):
         return self.metabin_train_domains or (num_domains + 1) // 2
 
 
+def check_split(settings: GateSettings, setup: Setup) -> None:
+    """Raises UsageError where no source is left for meta-test."""
+    train, num_domains = settings.train_domains(len(setup.num_ids)), len(setup.num_ids)
+    if train >= num_domains > 1:
+        raise UsageError(
+            f"metabin_train_domains: {train} of {num_domains} sources leave none for meta-test; "
+            f"set metabin_train_domains={num_domains - 1} or lower"
+        )
+
+
 def check_gates(settings: GateSettings, setup: Setup, title: str) -> None:
     """Raises UsageError where gate steps are to be made and cannot be."""
     if settings.metabin_meta == "off":
         return
     refuse_recomputation(setup, title)
+    check_split(settings, setup)
     num_domains = len(setup.num_ids)
     train = settings.train_domains(num_domains)
-    if train >= num_domains:
-        raise UsageError(
-            f"metabin_train_domains: {train} of {num_domains} sources leave none for meta-test; "
-            f"set metabin_train_domains={num_domains - 1} or lower"
-        )
     if train == 1 and settings.metabin_losses == "shuffle":
         raise UsageError(
             "metabin_losses: shuffle compares domains, and one is meta-train; "

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from lda.errors import UsageError
 
 
-def images_of_camera(target: Iterable[tuple[Tensor, Tensor, str]], number: int) -> Tensor:
+def images_of_camera(target: Iterable[tuple[Tensor, Tensor, str]], number: int, setting: str) -> Tensor:
     """The first `number` of a camera's images, or all that there are, (n, 3, H, W).
 
     target: batches of (images, camera ids, side) of one camera of one side, as `lda.methods.base.TargetImages`; no more
-    of them are taken than are needed. Raises UsageError where cameras are unknown, which negative ids say, and
-    ValueError for images of several cameras or sides, or for none.
+    of them are taken than are needed. Raises UsageError, naming the `setting` that asked for it, where cameras are
+    unknown, which negative ids say, and ValueError for images of several cameras or sides, or for none.
     """
     taken: list[Tensor] = []
     groups: set[tuple[int, str]] = set()
@@ -35,9 +35,7 @@ def images_of_camera(target: Iterable[tuple[Tensor, Tensor, str]], number: int) 
         if sum(map(len, taken)) >= number:
             break
     if any(camera < 0 for camera, _ in groups):
-        raise UsageError(
-            "inference: it adapts to every camera of the target, whose cameras are unknown; choose another"
-        )
+        raise UsageError(f"{setting}: it adapts to the target's cameras, which are unknown; set {setting} to another")
     if len(groups) != 1:
         raise ValueError(f"expected images of one camera of one side, got {sorted(groups)}")
     return torch.cat(taken)
