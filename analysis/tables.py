@@ -70,9 +70,15 @@ def conditions(study: Study, table: pd.DataFrame) -> list[tuple[str, str]]:
         *([("test splits", _splits_line(splits, usual))] if max(splits, usual) > 1 else []),
         ("inference", ", ".join([*each["inference"], *(flip[word] for word in each["flip_test"])])),
         ("CUHK03 images", f"{', '.join(each['cuhk03_boxes'])} boxes, {', '.join(each['cuhk03_protocol'])} protocol"),
-        ("numbers", "percent" + (", mean ± standard deviation over seeds" if seeds > 1 and splits == 1 else "")),
+        ("numbers", "percent" + (_spread_line(study) if seeds > 1 and splits == 1 else "")),
+        *([("compute", f"equal {study.record.compute}")] if study.record.compare else []),
         ("mAP", f"average precision by {', '.join(each['average_precision'])}"),
     ]
+
+
+def _spread_line(study: Study) -> str:
+    average = "; the average with its 95% bootstrap interval" if study.record.compare else ""
+    return f", mean ± standard deviation over seeds{average}"
 
 
 def data_line(data: str) -> str:
@@ -114,7 +120,10 @@ def study_grids(study: Study, table: pd.DataFrame) -> list[Grid]:
             grids.append(_results_grid(study, table, "_std", "Mean ± standard deviation over seeds", []))
     if table["mAP_gain"].notna().any():
         grids.append(_gain_grid(study, table))
-    grids[-1].notes.extend(_cost_notes(scores))
+    if study.record.compare:
+        grids.append(_cost_grid(study, scores))
+    else:
+        grids[-1].notes.extend(_cost_notes(scores))
     return grids
 
 
@@ -134,11 +143,68 @@ def _cost_notes(rows: pd.DataFrame) -> list[str]:
     return [f"Equal steps, not equal compute: training passes per image {listed}"]
 
 
+def _cost_grid(study: Study, rows: pd.DataFrame) -> Grid:
+    """What was compared: whose a method is, and what it costs."""
+    plain = rows.loc[rows["configuration"] == "baseline", "parameters"]
+    cells = []
+    for _, row in rows.iterrows():
+        added = len(plain) and row["configuration"] != "baseline"
+        parameters = row["parameters"] - (plain.iloc[0] if added else 0)
+        cells.append(
+            [
+                str(row["label"]),
+                _venue(row["reference"]),
+                f"{row['steps']:.0f}",
+                f"{row['train_passes']:.3g}",
+                f"{row['steps'] * row['train_passes']:.0f}",
+                f"{row['test_forwards']:.3g}",
+                "cosine" if row["test"] == "vector" else "pairs",
+                f"{parameters / 1e6:{'+' if added else ''}.3f} M",
+                f"{row['images_per_second']:.0f}",
+                f"{row['seconds']:.0f}",
+                "looked at" if "True" in row["target_data"] else "no",
+            ]
+        )
+    equal = {"steps": "Equal steps, not equal compute", "passes": "Equal compute"}[study.record.compute]
+    notes = [
+        f"{equal}. A pass: one forward and backward pass of a batch through the plain network, by the multiply-adds of "
+        "convolutions; an epoch has a whole number of steps, so passes agree as far as that allows",
+    ]
+    if (rows["test"] == "pairs").any():
+        notes.append("pairs: images are compared by a matcher on both encodings, not by cosine")
+    left_out = set(study.record.compare) - set(study.units.loc[study.units["trial"].isin(rows["trial"]), "method"])
+    if left_out:
+        notes.append(f"Left out, no seed is finished on every target yet: {', '.join(sorted(left_out))}")
+    return Grid("What a method is and costs", list(_COST_HEADS), cells, notes)
+
+
+_COST_HEADS = (
+    ("", "paper"),
+    *(("training", head) for head in ("steps", "passes/image", "passes")),
+    *(("test", head) for head in ("forwards", "compared by")),
+    ("", "parameters"),
+    *(("on this machine", head) for head in ("images/s", "s/run")),
+    ("", "target images"),
+)
+
+
+def _venue(reference: str) -> str:
+    """Where a paper appeared: what follows the last comma of its reference, or stands in brackets at the end."""
+    if reference.endswith(")"):
+        return reference.rpartition("(")[2].rstrip(")")
+    return reference.rpartition(", ")[2] if reference[-4:].isdigit() else ""
+
+
 def _results_grid(study: Study, table: pd.DataFrame, spread: str, title: str, notes: list[str]) -> Grid:
     rows = []
     for label, group in table.groupby("label", sort=False):
-        means = [(row[metric], row[f"{metric}{spread}"]) for _, row in group.iterrows() for metric in METRICS]
-        rows.append([str(label), *(_cell(mean, deviation) for mean, deviation in means)])
+        cells = []
+        for _, row in group.iterrows():
+            interval = study.record.compare and row["target"] == AVERAGE and spread == "_std"
+            for metric in METRICS:
+                wide, narrow = _with_interval(row, metric), _cell(row[metric], row[f"{metric}{spread}"])
+                cells.append(wide if interval else narrow)
+        rows.append([str(label), *cells])
     return Grid(title, _columns(study), rows, notes)
 
 
@@ -190,6 +256,11 @@ def _cell(value: float, spread: float) -> str:
     if np.isnan(value):
         return "-"
     return f"{value:.1f}" if np.isnan(spread) else f"{value:.1f}±{spread:.1f}"
+
+
+def _with_interval(row: pd.Series, metric: str) -> str:
+    mean, low, high = row[metric], row[f"{metric}_low"], row[f"{metric}_high"]
+    return _cell(mean, np.nan) if np.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _gain(row: pd.Series, column: str) -> str:

@@ -170,6 +170,7 @@ class _Unit:
             method=config.method.name,
             title=method.label,
             reconstructed=method.reconstructed,
+            reference=method.reference,
             target_data=method.looks_at_target,
             **_metrics(test),
             inference=method.inference,
