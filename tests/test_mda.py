@@ -302,6 +302,7 @@ def test_a_plain_network_has_no_gates() -> None:
 
 def test_trained_gates_are_clamped() -> None:
     method = method_of(metabin_meta="off")
+    assert method.label == "MDA on BIN"
 
     def away(losses: Losses, groups: tuple[str, ...] = (), rule: str = "") -> None:
         assert groups == ("main", "undecayed")

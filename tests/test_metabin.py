@@ -4,19 +4,23 @@ tests/test_batch_instance_norm.py."""
 from __future__ import annotations
 
 import copy
+import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from mixed_batches import build, mixed_batch
+from tasks import make_task
 from torch import Tensor, nn
 
 from lda.batch import Batch
+from lda.config import preset
 from lda.methods.base import Losses
 from lda.methods.metabin import MetaBIN
 from lda.parts.batch_instance_norm import gate_step, gates_of
-from lda.trainer import build_optimizer
+from lda.trainer import Trainer, build_optimizer
 
 FAST = {"metabin_warmup": 0, "metabin_gate_rate": 5.0, "metabin_inner_low": 0.1, "metabin_inner_high": 0.1}
 
@@ -52,7 +56,7 @@ def no_update(losses: Losses, groups: tuple[str, ...] = ("main",), rule: str = "
     pass
 
 
-def changed(method: MetaBIN, before: dict[str, Tensor]) -> set[str]:
+def changed(method: nn.Module, before: dict[str, Tensor]) -> set[str]:
     return {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
 
 
@@ -142,6 +146,25 @@ def test_warm_up_has_no_gate_step() -> None:
         assert "gate/mean" not in method.train_step(two_batches(), step, no_update)
     assert all(torch.equal(gate, before[name]) for name, gate in gates_of(method.backbone).items())
     assert "gate/mean" in method.train_step(two_batches(), 2, no_update)
+
+
+@pytest.mark.parametrize("which", ["second", "same"])
+def test_goes_on_from_a_checkpoint_among_gate_steps(which: str, tmp_path: Path) -> None:
+    """Gates, weights and moments to the bit; the split is drawn from (seed, step)."""
+    small = {"image_height": 32, "image_width": 16, "ids_per_batch": 6, "images_per_id": 2, "threads": 1}
+    config = preset("standin", method="metabin", metabin_batch=which, warmup_epochs=0, **FAST, **small)
+    task = make_task(tmp_path, 3)
+    straight, later = (Trainer(config, task, torch.device("cpu")) for _ in range(2))
+    for batch in itertools.islice(straight.loader(), 3):
+        straight.train_step(batch)
+    later.restore(copy.deepcopy(straight.checkpoint("unit", "training")))
+    logged = [[t.train_step(batch) for batch in itertools.islice(t.loader(), 3)] for t in (straight, later)]
+    assert logged[0] == logged[1]
+    assert logged[0][0]["gate/mean"] != logged[0][2]["gate/mean"]
+    assert changed(straight.method, later.method.state_dict()) == set()
+    moments = [trainer.optimizer.state_dict()["state"] for trainer in (straight, later)]
+    for number, state in moments[0].items():
+        assert all(torch.equal(value, moments[1][number][key]) for key, value in state.items())
 
 
 def test_instance_affines_are_not_decayed() -> None:

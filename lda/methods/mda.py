@@ -212,7 +212,9 @@ class MDA(PlainMethod):
 
     @property
     def label(self) -> str:
-        return self.title if self.gated else "MDA on plain BN"
+        if self.learns_gates:
+            return self.title
+        return f"{self.title} on {'BIN' if self.gated else 'plain BN'}"
 
     @property
     def layout(self) -> Layout:
