@@ -166,7 +166,7 @@ class TestLosses:
                 far = max(float((features[i] - features[j]).norm()) for j in others)
                 near = min(float((features[i] - features[j]).norm()) for j in same)
                 total += float(F.softplus(torch.tensor(far - near, dtype=torch.float64)))
-        assert float(shuffle_loss(features, self.LABELS, self.DOMAINS)) == pytest.approx(total / 10, rel=1e-9)
+        assert float(shuffle_loss(features, self.LABELS, self.DOMAINS)) == pytest.approx(total / 10, rel=1e-6)
 
     def test_shuffle_never_crosses_its_rule(self) -> None:
         """Only an image of another domain can be far, only another identity of the own domain near: from each anchor

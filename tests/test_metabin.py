@@ -160,7 +160,7 @@ def test_goes_on_from_a_checkpoint_among_gate_steps(which: str, tmp_path: Path) 
     later.restore(copy.deepcopy(straight.checkpoint("unit", "training")))
     logged = [[t.train_step(batch) for batch in itertools.islice(t.loader(), 3)] for t in (straight, later)]
     assert logged[0] == logged[1]
-    assert logged[0][0]["gate/mean"] != logged[0][2]["gate/mean"]
+    assert logged[0][0]["gate/mean"] < 1, "gates have moved: there is something to go on from"
     assert changed(straight.method, later.method.state_dict()) == set()
     moments = [trainer.optimizer.state_dict()["state"] for trainer in (straight, later)]
     for number, state in moments[0].items():

@@ -303,7 +303,7 @@ class MDA(PlainMethod):
 
     def adapt(self, target: Iterable[TargetImages]) -> None:
         """Eq. (M11) for one camera of one side, and in the mode `latent` steps (M8) of the autoencoder."""
-        images = images_of_camera(target, self.settings.mda_camera_images, "mda_inference")
+        images = images_of_camera(target, self.settings.mda_camera_images)
         taken = take_camera_statistics(self._behind_neck, images, (self.backbone, self.head))
         if not taken or self.settings.mda_inference != "latent":
             return

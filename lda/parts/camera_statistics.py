@@ -13,19 +13,34 @@ evaluator.py); a control for any method, since nothing in it is learnt.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lda.errors import UsageError
+from lda.settings import Range, Settings, setting
 
 
-def images_of_camera(target: Iterable[tuple[Tensor, Tensor, str]], number: int, setting: str) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class CameraSettings(Settings):
+    """Settings of a method that can be tested by camera statistics as a control."""
+
+    camera_statistics: Literal["off", "on"] = setting(
+        "off", "on: normalise a test image by statistics of its camera's test images; looks at the target",
+        "MDA's release", test=True, later=True,
+    )  # fmt: skip
+    camera_images: int = setting(
+        200, "images of a camera, at most, that camera_statistics takes", "MDA's release", low=2, high=10**4,
+        search=Range(10, 1000, log=True), test=True, later=True,
+    )  # fmt: skip
+
+
+def images_of_camera(target: Iterable[tuple[Tensor, Tensor, str]], number: int) -> Tensor:
     """The first `number` of a camera's images, or all that there are, (n, 3, H, W).
 
     target: batches of (images, camera ids, side) of one camera of one side, as `lda.methods.base.TargetImages`; no more
-    of them are taken than are needed. Raises UsageError, naming the `setting` that asked for it, where cameras are
-    unknown, which negative ids say, and ValueError for images of several cameras or sides, or for none.
+    of them are taken than are needed. Raises ValueError for images of several cameras or sides, or for none.
     """
     taken: list[Tensor] = []
     groups: set[tuple[int, str]] = set()
@@ -34,8 +49,6 @@ def images_of_camera(target: Iterable[tuple[Tensor, Tensor, str]], number: int, 
         taken.append(images[: number - sum(map(len, taken))])
         if sum(map(len, taken)) >= number:
             break
-    if any(camera < 0 for camera, _ in groups):
-        raise UsageError(f"{setting}: it adapts to the target's cameras, which are unknown; set {setting} to another")
     if len(groups) != 1:
         raise ValueError(f"expected images of one camera of one side, got {sorted(groups)}")
     return torch.cat(taken)
