@@ -50,7 +50,8 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
         mAP_gain, rank1_gain: points above the baseline, mean of the differences paired by seed, with
         mAP_gain_low, mAP_gain_high and so on the ends of the 95% bootstrap interval; missing without a baseline;
         train_passes, test_forwards: passes through the plain network per image, mean over runs; see `lda.runs.Cost`;
-        steps, images_per_second, seconds (of a run, wall clock), parameters: mean over runs;
+        steps, images_per_second, seconds (of a run, wall clock), parameters, pair_cost (missing where vectors are
+        compared): mean over runs;
         test: how images are compared, and `CONDITIONS`: the conditions of the runs.
     Spreads and intervals are missing with one seed.
 
@@ -82,7 +83,7 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
 
 
 _ABOUT = ("label", "method", "reconstructed", "reference", "trial")
-_COSTS = ("train_passes", "test_forwards", "steps", "images_per_second", "seconds", "parameters")
+_COSTS = ("train_passes", "test_forwards", "steps", "images_per_second", "seconds", "parameters", "pair_cost")
 _KINDS = ("", "_std", "_low", "_high", "_split_std", "_gain", "_gain_low", "_gain_high")
 _COLUMNS = (
     *("configuration", *_ABOUT, "target", "seeds", "confirmed", "score", "splits"),

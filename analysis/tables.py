@@ -158,7 +158,7 @@ def _cost_grid(study: Study, rows: pd.DataFrame) -> Grid:
                 f"{row['train_passes']:.3g}",
                 f"{row['steps'] * row['train_passes']:.0f}",
                 f"{row['test_forwards']:.3g}",
-                "cosine" if row["test"] == "vector" else "pairs",
+                "cosine" if np.isnan(row["pair_cost"]) else f"pairs, {row['pair_cost'] / 1e6:.2g} M",
                 f"{parameters / 1e6:{'+' if added else ''}.3f} M",
                 f"{row['images_per_second']:.0f}",
                 f"{row['seconds']:.0f}",
@@ -170,8 +170,8 @@ def _cost_grid(study: Study, rows: pd.DataFrame) -> Grid:
         f"{equal}. A pass: one forward and backward pass of a batch through the plain network, by the multiply-adds of "
         "convolutions; an epoch has a whole number of steps, so passes agree as far as that allows",
     ]
-    if (rows["test"] == "pairs").any():
-        notes.append("pairs: images are compared by a matcher on both encodings, not by cosine")
+    if rows["pair_cost"].notna().any():
+        notes.append("pairs: images are compared by a matcher on both encodings, at so many multiply-adds a pair")
     left_out = set(study.record.compare) - set(study.units.loc[study.units["trial"].isin(rows["trial"]), "method"])
     if left_out:
         notes.append(f"Left out, no seed is finished on every target yet: {', '.join(sorted(left_out))}")

@@ -85,6 +85,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         "method": config.method.name,
         "inference": method.inference,
         "target_data": method.looks_at_target,
+        "reconstructed": method.reconstructed,
+        "pair_cost": method.scorer().pair_cost,
         "flip_test": config.test.flip_test,
         "average_precision": config.test.average_precision,
         **metrics(evaluation),

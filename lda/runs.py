@@ -78,11 +78,13 @@ class Cost:
         train_passes: forward and backward passes per training image and step.
         test_forwards: forward passes per test image.
         test: how two images are compared: "vector" by cosine, or "pairs" by a matcher on both encodings.
+        pair_cost: multiply-adds of comparing a pair by such a matcher; None: one product of two vectors.
     """
 
     train_passes: float
     test_forwards: float
     test: Literal["vector", "pairs"]
+    pair_cost: int | None = None
 
 
 @_own_keys_only

@@ -187,7 +187,7 @@ class _Unit:
             images_per_second=round(self.images_per_second, 1),
             steps=self.trainer.step,
             trained_in=self.trained_in,
-            cost=Cost(cost.train_passes, cost.test_forwards, cost.test),
+            cost=Cost(cost.train_passes, cost.test_forwards, cost.test, method.scorer().pair_cost),
             parameters=sum(parameter.numel() for parameter in method.parameters()),
             effective_rank=test.effective_rank,
         )
