@@ -18,7 +18,7 @@ from lda.device import choose_device
 from lda.errors import UsageError
 from lda.groups import Machine, Test
 from lda.settings import settings_of
-from lda.testing import Evaluator, chosen_splits, metrics
+from lda.testing import Evaluator, check_target, chosen_splits, metrics
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -77,6 +77,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     device = choose_device(config.machine)
     target = evaluation_splits(options.target, options.data_root or ensure_standin(), config.data)
     method = load_method(checkpoint, config).to(device)
+    check_target(method, target.splits)
     evaluation = Evaluator(chosen_splits(target.splits, config.test), config, device)(method)
     result = {
         "target": options.target,
@@ -84,6 +85,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         "method": config.method.name,
         "inference": method.inference,
         "target_data": method.looks_at_target,
+        "reconstructed": method.reconstructed,
+        "pair_cost": method.scorer().pair_cost,
         "flip_test": config.test.flip_test,
         "average_precision": config.test.average_precision,
         **metrics(evaluation),

@@ -78,11 +78,13 @@ class Cost:
         train_passes: forward and backward passes per training image and step.
         test_forwards: forward passes per test image.
         test: how two images are compared: "vector" by cosine, or "pairs" by a matcher on both encodings.
+        pair_cost: multiply-adds of comparing a pair by such a matcher; None: one product of two vectors.
     """
 
     train_passes: float
     test_forwards: float
     test: Literal["vector", "pairs"]
+    pair_cost: int | None = None
 
 
 @_own_keys_only
@@ -126,6 +128,7 @@ class Result:
         method: name of its file in lda/methods.
         title: the method in print, with these settings.
         reconstructed: what in the method is our reading because nothing was published; "" for a published method.
+        reference: the method's paper.
         target_data: the method looked at unlabelled images of the target.
         mAP: mean average precision over valid queries, mean over splits.
         rank1, rank5, rank10: CMC, mean over splits.
@@ -159,6 +162,7 @@ class Result:
     method: str
     title: str
     reconstructed: str
+    reference: str = ""
     target_data: bool
     mAP: float  # noqa: N815 - the field's spelling
     rank1: float

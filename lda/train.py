@@ -77,7 +77,10 @@ def _run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print(f"interrupted; the same command goes on from {folder / 'checkpoint.pt'}", file=sys.stderr)
             return 130
-    conditions = ", ".join(filter(None, (result.data, result.inference, f"{result.average_precision} AP")))
+    looked = "LOOKED AT unlabelled target images" if result.target_data else ""
+    pairs = f"{result.cost.pair_cost:,} multiply-adds a pair" if result.cost.pair_cost else ""
+    marks = (result.data, result.inference, looked, pairs, f"{result.average_precision} AP")
+    conditions = ", ".join(filter(None, marks))
     print(
         f"{result.title} on {result.target} ({conditions}): mAP {100 * result.mAP:.1f}, "
         f"Rank-1 {100 * result.rank1:.1f}; {result.selection.rule} {100 * result.selection.score:.1f}; {folder}"

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "lda.checkpoint": {"lda.config", "lda.files", "lda.methods"},
     "lda.trainer": {"lda"},
     "lda.testing": {"lda"},
+    "lda.step_cost": {"lda"},
     "lda.unit": {"lda"},
     "lda.train": {"lda"},
     "lda.evaluate": {"lda"},

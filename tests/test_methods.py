@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 from tasks import make_task
-from torch.utils.flop_counter import FlopCounterMode
 
 from lda import methods
 from lda.config import COMMON, Config, known_settings, preset
 from lda.data.sources import Task
 from lda.errors import UsageError
 from lda.settings import settings_of
+from lda.step_cost import Convolutions
 from lda.testing import Evaluator
 from lda.trainer import Trainer
 
@@ -118,9 +118,9 @@ class _Plain(NamedTuple):
 def plain(task: Task) -> _Plain:
     trainer = trainer_of(methods.CONTROL, task)
     batch = trainer.batches[0]
-    with _Convolutions() as training:
+    with Convolutions() as training:
         trainer.train_step(batch)
-    with _Convolutions() as testing, torch.no_grad():
+    with Convolutions() as testing, torch.no_grad():
         trainer.method.eval()(batch.images)
     return _Plain(training.number / len(batch.labels), testing.number / len(batch.labels))
 
@@ -222,13 +222,13 @@ class TestEveryMethod:
         that is too small to be seen here."""
         trainer = copy.deepcopy(trained[name])
         batches = list(itertools.islice(trainer.loader(), 12))
-        with _Convolutions() as training:
+        with Convolutions() as training:
             for batch in batches:
                 trainer.train_step(batch)
         passes = training.number / sum(plain.step * len(batch.labels) for batch in batches)
         cost = trainer.method.cost
         assert passes == pytest.approx(cost.train_passes, rel=0.03)
-        with _Convolutions() as testing, torch.no_grad():
+        with Convolutions() as testing, torch.no_grad():
             trainer.method.eval()(torch.zeros(5, 3, 32, 16))
         assert testing.number / (5 * plain.forward) == pytest.approx(cost.test_forwards, rel=0.03)
         assert (cost.test == "vector") == (trainer.method.scorer().pair_cost is None)
@@ -270,25 +270,6 @@ class TestEveryMethod:
                     assert all(math.isfinite(value) for value in scalars.values()), (key, choice)
                 with torch.no_grad():
                     assert trainer.method.eval()(torch.zeros(2, 3, 32, 16)).isfinite().all(), (key, choice)
-
-
-class _Convolutions:
-    """Counts the multiply-adds of convolutions, forward and backward, inside `with`."""
-
-    def __init__(self) -> None:
-        self.mode = FlopCounterMode(display=False)
-
-    def __enter__(self) -> _Convolutions:
-        self.mode.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.mode.__exit__(*error)
-
-    @property
-    def number(self) -> int:
-        counted = self.mode.get_flop_counts()["Global"]
-        return sum(number for operation, number in counted.items() if "convolution" in str(operation)) // 2
 
 
 def test_known_settings_of_a_method_are_the_common_ones_and_its_own() -> None:

@@ -1,0 +1,131 @@
+"""`python -m lda.step_cost`: what a training step of every method costs beside the plain network's, here and now.
+
+Counted: multiply-adds of the step's convolutions over those of a plain step. Measured: time of the step, as the median
+over rounds of its ratio to the plain step of the same round, so that a machine that others slow down too is no matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from lda import methods
+from lda.command import exit_code
+from lda.config import Config, parse_overrides, preset
+from lda.data.sources import Task, build_task
+from lda.data.standin.tree import ensure_standin
+from lda.device import choose_device
+from lda.errors import UsageError
+from lda.trainer import Trainer
+
+_WARMUP = 48  # steps before anything is measured: some methods begin by steps that are cheaper
+
+
+class Convolutions:
+    """Counts the multiply-adds of convolutions, forward and backward, inside `with`."""
+
+    def __init__(self) -> None:
+        self._mode = FlopCounterMode(display=False)
+
+    def __enter__(self) -> Convolutions:
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
+
+    @property
+    def number(self) -> int:
+        """Multiply-adds so far."""
+        counted = self._mode.get_flop_counts()["Global"]
+        return sum(number for operation, number in counted.items() if "convolution" in str(operation)) // 2
+
+
+class _Steps:
+    """The steps of one method, one after the other."""
+
+    def __init__(self, config: Config, task: Task) -> None:
+        self.trainer = Trainer(config, task, choose_device(config.machine))
+        self.batches = self.trainer.loader()
+        self.seconds: list[float] = []
+        for batch in itertools.islice(self.batches, _WARMUP):
+            self.trainer.train_step(batch)
+
+    def time_one(self) -> None:
+        """One more step, timed without the making of its batch."""
+        batch = next(self.batches)
+        started = time.perf_counter()
+        self.trainer.train_step(batch)  # its scalars are numbers, so it has waited for a GPU
+        self.seconds.append(time.perf_counter() - started)
+
+    def multiply_adds(self, steps: int) -> float:
+        """Of the convolutions, mean per step and image."""
+        images = 0
+        with Convolutions() as counted:
+            for batch in itertools.islice(self.batches, steps):
+                images += len(batch.labels)
+                self.trainer.train_step(batch)
+        return counted.number / images
+
+
+def table(config: Config, names: Sequence[str], task: Task, rounds: int) -> str:
+    """A line per method: declared and counted passes, and time over the plain step's."""
+    own = {key: value for key, value in config.to_dict().items() if key != "method"}
+    common = {key: value for key, value in own.items() if key not in config.method.settings.to_dict()}
+    steps = {name: _Steps(preset("real", **{**common, "method": name}), task) for name in names}
+    for _, one in itertools.product(range(rounds), steps.values()):
+        one.time_one()
+    plain = steps[methods.CONTROL]
+    counted = {name: one.multiply_adds(12) for name, one in steps.items()}
+    lines = [f"{'method':12}{'declared':>10}{'counted':>10}{'time':>8}   (plain step: {_median(plain.seconds):.4f} s)"]
+    for name, one in steps.items():
+        ratios = [own / base for own, base in zip(one.seconds, plain.seconds, strict=True)]
+        declared = one.trainer.method.cost.train_passes
+        passes = counted[name] / counted[methods.CONTROL]
+        lines.append(f"{name:12}{declared:10.2f}{passes:10.2f}{_median(ratios):8.2f}")
+    return "\n".join(lines)
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m lda.step_cost`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lda.step_cost",
+        description="Measure a training step of every method beside the plain network's, on the stand-in.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--methods", default=",".join(methods.names()), help="names, with commas between")
+    parser.add_argument("--rounds", type=int, default=20, help="steps that are timed of each")
+    parser.add_argument("--data-root", type=Path, help="folder with the data sets; without it, the stand-in")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings that all methods share"
+    )
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        names = [name for name in options.methods.split(",") if name]
+        for name in names:
+            methods.find(name)
+        if options.rounds < 1:
+            raise UsageError(f"--rounds: expected 1 or more, got {options.rounds}")
+        changes = {"threads": 1, **parse_overrides(options.set)}
+        config = preset("real" if options.data_root else "standin", method=methods.CONTROL, **changes)
+        run, fraction = config.run, config.selection.validation_fraction
+        root = options.data_root or ensure_standin()
+        task = build_task(run.protocol, run.target, root, config.data, validation_fraction=fraction)
+        print(table(config, list(dict.fromkeys([methods.CONTROL, *names])), task, options.rounds))
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
