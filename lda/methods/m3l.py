@@ -266,9 +266,8 @@ class M3L(Method):
 
     def _terms(self, features: Tensor, vectors: Sequence[Tensor], labels: Tensor, domain: int) -> Losses:
         """l, the mean over `vectors`, and Tri of one domain's images."""
-        with torch.autocast(features.device.type, enabled=False):
-            memory = torch.stack([self.memory.loss(z, labels, domain) for z in vectors]).mean()
-            triplet = batch_hard_triplet_loss(features, labels, self.settings.triplet_margin, part=True)
+        memory = torch.stack([self.memory.loss(z, labels, domain) for z in vectors]).mean()
+        triplet = batch_hard_triplet_loss(features, labels, self.settings.triplet_margin, part=True)
         return {"loss/memory": memory, "loss/triplet": triplet}
 
     @torch.no_grad()
