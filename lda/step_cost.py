@@ -35,7 +35,8 @@ def convolutions_counted() -> Iterator[Callable[[], int]]:
 
         def number() -> int:
             counted = mode.get_flop_counts()["Global"]
-            return sum(flops for operation, flops in counted.items() if "convolution" in str(operation)) // 2
+            flops: int = sum(value for operation, value in counted.items() if "convolution" in str(operation))
+            return flops // 2
 
         yield number
 
