@@ -10,7 +10,8 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,24 +28,17 @@ from lda.trainer import Trainer
 _WARMUP = 48  # steps before anything is measured: some methods begin by steps that are cheaper
 
 
-class Convolutions:
-    """Counts the multiply-adds of convolutions, forward and backward, inside `with`."""
+@contextmanager
+def convolutions_counted() -> Iterator[Callable[[], int]]:
+    """Counts the multiply-adds of convolutions inside `with`, forward and backward; what it gives says how many."""
+    with FlopCounterMode(display=False) as mode:
 
-    def __init__(self) -> None:
-        self._mode = FlopCounterMode(display=False)
+        def number() -> int:
+            counted = mode.get_flop_counts()["Global"]
+            flops: int = sum(value for operation, value in counted.items() if "convolution" in str(operation))
+            return flops // 2
 
-    def __enter__(self) -> Convolutions:
-        self._mode.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
-
-    @property
-    def number(self) -> int:
-        """Multiply-adds so far."""
-        counted = self._mode.get_flop_counts()["Global"]
-        return sum(number for operation, number in counted.items() if "convolution" in str(operation)) // 2
+        yield number
 
 
 class _Steps:
@@ -67,11 +61,11 @@ class _Steps:
     def multiply_adds(self, steps: int) -> float:
         """Of the convolutions, mean per step and image."""
         images = 0
-        with Convolutions() as counted:
+        with convolutions_counted() as number:
             for batch in itertools.islice(self.batches, steps):
                 images += len(batch.labels)
                 self.trainer.train_step(batch)
-        return counted.number / images
+        return number() / images
 
 
 def table(config: Config, names: Sequence[str], task: Task, rounds: int) -> str:

@@ -23,7 +23,7 @@ from lda.config import COMMON, Config, known_settings, preset
 from lda.data.sources import Task
 from lda.errors import UsageError
 from lda.settings import settings_of
-from lda.step_cost import Convolutions
+from lda.step_cost import convolutions_counted
 from lda.testing import Evaluator
 from lda.trainer import Trainer
 
@@ -118,11 +118,11 @@ class _Plain(NamedTuple):
 def plain(task: Task) -> _Plain:
     trainer = trainer_of(methods.CONTROL, task)
     batch = trainer.batches[0]
-    with Convolutions() as training:
+    with convolutions_counted() as training:
         trainer.train_step(batch)
-    with Convolutions() as testing, torch.no_grad():
+    with convolutions_counted() as testing, torch.no_grad():
         trainer.method.eval()(batch.images)
-    return _Plain(training.number / len(batch.labels), testing.number / len(batch.labels))
+    return _Plain(training() / len(batch.labels), testing() / len(batch.labels))
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -222,15 +222,15 @@ class TestEveryMethod:
         that is too small to be seen here."""
         trainer = copy.deepcopy(trained[name])
         batches = list(itertools.islice(trainer.loader(), 12))
-        with Convolutions() as training:
+        with convolutions_counted() as training:
             for batch in batches:
                 trainer.train_step(batch)
-        passes = training.number / sum(plain.step * len(batch.labels) for batch in batches)
+        passes = training() / sum(plain.step * len(batch.labels) for batch in batches)
         cost = trainer.method.cost
         assert passes == pytest.approx(cost.train_passes, rel=0.03)
-        with Convolutions() as testing, torch.no_grad():
+        with convolutions_counted() as testing, torch.no_grad():
             trainer.method.eval()(torch.zeros(5, 3, 32, 16))
-        assert testing.number / (5 * plain.forward) == pytest.approx(cost.test_forwards, rel=0.03)
+        assert testing() / (5 * plain.forward) == pytest.approx(cost.test_forwards, rel=0.03)
         assert (cost.test == "vector") == (trainer.method.scorer().pair_cost is None)
 
     def test_recomputed_activations_change_nothing_or_are_refused(self, name: str, task: Task) -> None:
