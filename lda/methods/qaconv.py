@@ -66,7 +66,7 @@ from lda.parts.backbones import Backbone, backbone_of, forward_shares, map_size
 from lda.parts.graph_sampling import anchor, by_domain, nearest, one_of_each
 from lda.parts.heads import label_offsets
 from lda.parts.losses import batch_statistics, scale_of
-from lda.parts.matching import ELEMENTS, Matcher, focal_losses, hard_score_loss, pairwise_loss
+from lda.parts.matching import Matcher, elements_on, focal_losses, hard_score_loss, pairwise_loss
 from lda.ranking import Scorer
 from lda.settings import Range, Settings, setting
 
@@ -303,7 +303,7 @@ class QAConv(Method):
             return scorer.scores(codes[rows], codes[columns])
 
         with torch.autocast(codes.device.type, enabled=False):
-            number, pairs = self.setup.ids_per_batch - 1, max(1, ELEMENTS // self.matcher.positions**2)
+            number, pairs = self.setup.ids_per_batch - 1, max(1, elements_on(codes.device) // self.matcher.positions**2)
             self.neighbours.copy_(nearest(scores, self.num_identities, number, pairs))
         self.graphs += 1
         self.train()

@@ -32,8 +32,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lda.errors import UsageError
 
-ELEMENTS = 2**26
-"""Cosines of one chunk in training: 256 MiB of fp32."""
+
+def elements_on(device: torch.device) -> int:
+    """Cosines held at a time: what a processor's cache holds, 4 MiB of fp32; 256 MiB on a GPU."""
+    return 2**20 if device.type == "cpu" else 2**26
 
 
 class PairSums(NamedTuple):
@@ -88,13 +90,13 @@ class Matcher(nn.Module):
         """w_p and w_q, (r,) each."""
         return self.weight[0], self.weight[-1]
 
-    def forward(self, a: Tensor, b: Tensor, elements: int = ELEMENTS) -> Tensor:
+    def forward(self, a: Tensor, b: Tensor, elements: int | None = None) -> Tensor:
         """Logits S (A, M) of codes (A, C, r) and (M, C, r); in training with the statistics of these pairs.
 
-        elements: cosines held at a time.
+        elements: cosines held at a time; None: as `elements_on` says.
         """
         rows = torch.arange(len(b), device=b.device)
-        size = max(1, elements // (len(a) * self.positions**2))
+        size = max(1, (elements or elements_on(b.device)) // (len(a) * self.positions**2))
         if len(b) <= size:
             return self._logits(self._sums(a, b, rows))
         parts = [
