@@ -25,7 +25,9 @@ triplet, `of_loss` gives one w for both directions and a neck of a convolution a
 else two and a BN, as in 1.0. The memory holds one image of an identity, as augmented when it was shown last, by the
 network of then. (Q9) is masked to identities that were seen, and so are the statistics of (Q5) and (Q7): step 0 has
 nothing to match, and its loss is 0. Of the K images of an identity the one in place (step mod K) is remembered. BN1 and
-BN2 take their statistics of all pairs of a step. Losses are in fp32, outside autocast.
+BN2 take their statistics of all pairs of a step. Losses are in fp32, outside autocast. In the first pass over the
+identities nobody has a positive, and what is remembered is N / P steps old: the stand-in's 160 steps are two passes,
+too few to learn from, so it takes the pairwise loss.
 
 `qaconv_sampler=graph` (GS): every epoch one clean image of each identity, drawn from (seed, epoch), is encoded in
 evaluation mode, all N^2 pairs are scored by (Q13), and every identity keeps its P - 1 nearest. A step shows an anchor
@@ -76,7 +78,7 @@ class QAConvSettings(Settings):
     """Settings of QAConv."""
 
     qaconv_loss: Literal["memory", "pairwise", "triplet"] = setting(
-        "memory", "Eq. (Q10), (Q11) or (Q12)", "QAConv; GS pairwise, triplet"
+        "memory", "Eq. (Q10), (Q11) or (Q12)", "QAConv; GS pairwise, triplet", standin="pairwise"
     )
     qaconv_layer: Literal["layer3", "layer4"] = setting("layer3", "stage whose map is matched", "QAConv")
     qaconv_neck: int = setting(
@@ -173,6 +175,12 @@ class QAConv(Method):
     @property
     def layout(self) -> Layout:
         return Layout(dealt="method" if self.deals else "trainer")
+
+    @property
+    def label(self) -> str:
+        loss = self.settings.qaconv_loss  # the releases are different methods, and a table has to say which
+        parts = [f"{loss} loss"] * (loss != "memory") + ["graph sampling"] * self.deals
+        return f"{self.title} ({', '.join(parts)})" if parts else self.title
 
     @property
     def cost(self) -> Cost:
