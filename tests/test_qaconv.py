@@ -104,7 +104,7 @@ def test_logits_equal_a_loop_in_any_chunks_with_their_gradients(shared: bool, tr
     a, b = codes_of(3, 0).requires_grad_(), codes_of(7, 1).requires_grad_()
     a2, b2 = (x.detach().clone().requires_grad_() for x in (a, b))
     slope = torch.randn(3, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    logits = matcher(a, b, size * 3 * 36)
+    logits = matcher(a, b, elements=size * 3 * 36)
     expected = slow_logits(again, a2, b2)
     torch.testing.assert_close(logits, expected)
     (logits * slope).sum().backward()
@@ -113,6 +113,14 @@ def test_logits_equal_a_loop_in_any_chunks_with_their_gradients(shared: bool, tr
     torch.testing.assert_close(b.grad, b2.grad)
     for (name, one), two in zip(matcher.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_some_rows_equal_those_rows_alone() -> None:
+    rows = torch.tensor([5, 0, 3])
+    one, two = matcher_of(False), matcher_of(False)
+    a, b = codes_of(3, 0), codes_of(7, 1)
+    torch.testing.assert_close(one(a, b, rows), two(a, b[rows]))
+    torch.testing.assert_close(one.norm_matches.running_mean, two.norm_matches.running_mean)
 
 
 def test_training_records_the_statistics_of_all_pairs_and_holds_them_when_told_to() -> None:
@@ -124,7 +132,7 @@ def test_training_records_the_statistics_of_all_pairs_and_holds_them_when_told_t
     with statistics_held(matcher):
         matcher(a, b)
     assert all(torch.equal(value, before[key]) for key, value in matcher.state_dict().items())
-    matcher(a, b, 2 * 3 * 36)
+    matcher(a, b, elements=2 * 3 * 36)
     norm = matcher.norm_matches
     assert float(norm.running_mean) == pytest.approx(0.9 * 0.3 + 0.1 * float(m.mean()))
     assert float(norm.running_var) == pytest.approx(0.9 * 1.7 + 0.1 * float(m.var()))
@@ -146,7 +154,7 @@ def test_recomputed_chunks_keep_three_numbers_a_pair() -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda x: x):
-            matcher(a, b, elements)
+            matcher(a, b, elements=elements)
     assert largest[0] <= 3 * 64
     assert largest[1] >= 3 * 64 * 36
 
@@ -263,11 +271,10 @@ def test_losses_stay_finite_at_any_score() -> None:
         assert logits.grad.isfinite().all()
 
 
-def test_triplets_that_are_none_are_refused() -> None:
+def test_triplets_that_are_none_are_no_silent_zero() -> None:
     for labels in (torch.tensor([0, 0, 1]), torch.tensor([0, 0])):
         same = labels[:, None] == labels
-        with pytest.raises(ValueError, match="two images of every identity"):
-            hard_score_loss(torch.zeros(len(same), len(same)), same, 1.0)
+        assert hard_score_loss(torch.zeros(len(same), len(same)), same, 1.0).isnan()
 
 
 # --- the method ------------------------------------------------------------------------------------------------------
@@ -440,13 +447,14 @@ def test_frozen_statistics_need_pretrained_ones(tmp_path: Path) -> None:
     from torchvision.models import resnet18
 
     torch.save(resnet18().state_dict(), tmp_path / "weights.pt")
-    some = {"backbone": "resnet18", "pretrained": str(tmp_path / "weights.pt"), "qaconv_neck": 8}
-    for freeze in ("yes", "no"):
-        method = qaconv(qaconv_freeze_bn=freeze, qaconv_loss="pairwise", image_height=32, image_width=16, **some)
+    small = {"image_height": 32, "image_width": 16, "qaconv_neck": 8, "qaconv_loss": "pairwise"}
+    weights = {"backbone": "resnet18", "pretrained": str(tmp_path / "weights.pt")}
+    for changes in ({"qaconv_freeze_bn": "yes", **weights}, {}):
+        method = qaconv(**small, **changes)
         before = copy.deepcopy(method.backbone.state_dict())
         stepped(method, mixed_small(0), 0)
         changed = [key for key, value in method.backbone.state_dict().items() if not torch.equal(value, before[key])]
-        assert bool(changed) == (freeze == "no")
+        assert bool(changed) == (not changes)
         assert method.neck[1].training
         assert all(p.grad is not None for p in method.backbone.parameters())
 
@@ -542,7 +550,7 @@ def run(trainer: Trainer, until: int) -> Iterator[tuple[Batch, dict[str, float]]
         yield batch, trainer.train_step(batch)
 
 
-@pytest.mark.parametrize(("loss", "steps"), [("memory", 60), ("pairwise", 40)])
+@pytest.mark.parametrize(("loss", "steps"), [("memory", 50), ("pairwise", 30)])
 def test_learns_who_is_who(tmp_path: Path, loss: str, steps: int) -> None:
     small = make_task(tmp_path, 2, ids=10)
     trainer = trainer_of(small, qaconv_loss=loss, qaconv_new_layer_rate=10.0, images_per_id=4, milestones=())

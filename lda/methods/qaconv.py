@@ -260,7 +260,7 @@ class QAConv(Method):
             if len(rows) == 0:
                 return 0.0 * codes.sum(), {}
             same = labels[:, None] == rows
-            logits = self.matcher(codes, self.memory[rows])
+            logits = self.matcher(codes, self.memory, rows)
             return focal_losses(logits, same).sum(1).mean(), self._watched(logits, same)
         same = labels[:, None] == labels
         logits = self.matcher(codes, codes)

@@ -90,23 +90,25 @@ class Matcher(nn.Module):
         """w_p and w_q, (r,) each."""
         return self.weight[0], self.weight[-1]
 
-    def forward(self, a: Tensor, b: Tensor, elements: int | None = None) -> Tensor:
+    def forward(self, a: Tensor, b: Tensor, rows: Tensor | None = None, elements: int | None = None) -> Tensor:
         """Logits S (A, M) of codes (A, C, r) and (M, C, r); in training with the statistics of these pairs.
 
-        elements: cosines held at a time; None: as `elements_on` says.
+        Args:
+            rows: (M',) which of b; None: all. b is read again in the backward pass, and must not change before it.
+            elements: cosines held at a time; None: as `elements_on` says.
         """
-        rows = torch.arange(len(b), device=b.device)
         size = max(1, (elements or elements_on(b.device)) // (len(a) * self.positions**2))
-        if len(b) <= size:
-            return self._logits(self._sums(a, b, rows))
+        if rows is None and len(b) <= size:
+            return self._logits(self._sums(a, b))
+        rows = torch.arange(len(b), device=b.device) if rows is None else rows
         parts = [
             PairSums(*checkpoint(self._sums, a, b, part, use_reentrant=False, preserve_rng_state=False))
             for part in torch.split(rows, size)
         ]
         return self._logits(PairSums(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True))))
 
-    def _sums(self, a: Tensor, b: Tensor, rows: Tensor) -> PairSums:
-        p, q = best_matches(a, b[rows])
+    def _sums(self, a: Tensor, b: Tensor, rows: Tensor | None = None) -> PairSums:
+        p, q = best_matches(a, b if rows is None else b[rows])
         total = p.sum(1) + q.sum(2)
         squares = p.square().sum(1) + q.square().sum(2)
         return PairSums(weighted_matches(p, q, *self.weights), total, squares)
@@ -168,16 +170,15 @@ def pairwise_loss(logits: Tensor, same: Tensor) -> Tensor:
 def hard_score_loss(logits: Tensor, same: Tensor, margin: float) -> Tensor:
     """Mean over anchors of [largest S of another identity - smallest S of another image of its own + margin]_+.
 
-    logits, same: (B, B) of the images of a batch with themselves. Every identity needs two images, and the batch two
-    identities; raises ValueError otherwise (on a CPU: a GPU would be waited for, and gives a loss that is not finite).
+    logits, same: (B, B) of the images of a batch with themselves. NaN unless every identity has two images, and the
+    batch two identities.
     """
     itself = torch.eye(len(same), dtype=torch.bool, device=same.device)
-    positive = same & ~itself
-    if same.is_cpu and (not bool(positive.any(1).all()) or bool(same.all())):
-        raise ValueError("triplets need two images of every identity and two identities in a batch")
-    hardest_positive = logits.masked_fill(~positive, torch.inf).amin(1)
+    hardest_positive = logits.masked_fill(~same | itself, torch.inf).amin(1)
     hardest_negative = logits.masked_fill(same, -torch.inf).amax(1)
-    return F.relu(hardest_negative - hardest_positive + margin).mean()
+    difference = hardest_negative - hardest_positive + margin
+    # An anchor without a positive or a negative would be a silent 0.
+    return F.relu(difference.masked_fill(difference.isinf(), torch.nan)).mean()
 
 
 # --- ranking ---------------------------------------------------------------------------------------------------------
