@@ -22,6 +22,9 @@ METRICS = {metric: METRIC_NAMES[metric] for metric in ("mAP", "rank1")}
 AVERAGE = "average"
 """The target that stands for the mean over targets."""
 
+CONTROL = "baseline"
+"""The method that the others' gains are measured against, where a study compares several."""
+
 CONDITIONS = (
     *("data", "target_data", "selection", "inference", "average_precision", "flip_test"),
     *("cuhk03_boxes", "cuhk03_protocol"),
@@ -37,14 +40,17 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
 
     Columns:
         configuration (baseline, default, best; confirmed for further trials that were rerun), label, method (in print,
-        marked as in `analysis.study.print_method`), reconstructed (what of the method is), trial, target, seeds (how
-        many), confirmed (fresh seeds, not the search's own), score (selection score, percent);
-        mAP, rank1: percent, mean over seeds, with mAP_std, rank1_std their sample standard deviation;
+        marked as in `analysis.study.print_method`), reconstructed (what of the method is), reference (its paper),
+        trial, target, seeds (how many), confirmed (fresh seeds, not the search's own), score (selection score,
+        percent);
+        mAP, rank1: percent, mean over seeds, with mAP_std, rank1_std their sample standard deviation, and mAP_low,
+        mAP_high and so on the ends of their 95% bootstrap interval;
         splits: test splits behind each run, with mAP_split_std, rank1_split_std the standard deviation over them, mean
         over seeds; missing for the average and for targets with one official query and gallery;
         mAP_gain, rank1_gain: points above the baseline, mean of the differences paired by seed, with
         mAP_gain_low, mAP_gain_high and so on the ends of the 95% bootstrap interval; missing without a baseline;
         train_passes, test_forwards: passes through the plain network per image, mean over runs; see `lda.runs.Cost`;
+        steps, images_per_second, seconds (of a run, wall clock), parameters: mean over runs;
         test: how images are compared, and `CONDITIONS`: the conditions of the runs.
     Spreads and intervals are missing with one seed.
 
@@ -56,7 +62,7 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
     rows = []
     for configuration in configurations:
         paired = baseline if configuration.kind != "baseline" else None
-        about = {key: getattr(configuration, key) for key in ("label", "method", "reconstructed", "trial")}
+        about = {key: getattr(configuration, key) for key in _ABOUT}
         about["configuration"] = configuration.kind
         seeds = {"seeds": configuration.runs["seed"].nunique(), "confirmed": configuration.confirmed}
         for target in [*study.targets, AVERAGE]:
@@ -64,7 +70,7 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
             statistics = {
                 "score": configuration.percent("score", targets).mean(),
                 "splits": configuration.splits(targets),
-                **configuration.passes(targets),
+                **configuration.costs(targets),
             }
             for metric in METRICS:
                 base = None if paired is None else paired.percent(metric, targets)
@@ -75,10 +81,13 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(_COLUMNS))
 
 
+_ABOUT = ("label", "method", "reconstructed", "reference", "trial")
+_COSTS = ("train_passes", "test_forwards", "steps", "images_per_second", "seconds", "parameters")
+_KINDS = ("", "_std", "_low", "_high", "_split_std", "_gain", "_gain_low", "_gain_high")
 _COLUMNS = (
-    *("configuration", "label", "method", "reconstructed", "trial", "target", "seeds", "confirmed", "score", "splits"),
-    *(f"{m}{kind}" for m in METRICS for kind in ("", "_std", "_split_std", "_gain", "_gain_low", "_gain_high")),
-    *("train_passes", "test_forwards", "test"),
+    *("configuration", *_ABOUT, "target", "seeds", "confirmed", "score", "splits"),
+    *(f"{m}{kind}" for m in METRICS for kind in _KINDS),
+    *(*_COSTS, "test"),
     *CONDITIONS,
 )
 
@@ -87,6 +96,7 @@ def _statistics(metric: str, own: NDArray[np.float64], baseline: NDArray[np.floa
     """Mean, spread and gain of (T, S) runs; the spread is that of the seeds' means over targets."""
     per_seed = own.mean(axis=0)
     found = {metric: per_seed.mean(), f"{metric}_std": per_seed.std(ddof=1) if len(per_seed) > 1 else np.nan}
+    found[f"{metric}_low"], found[f"{metric}_high"] = bootstrap_interval(own)
     if baseline is not None:
         low, high = bootstrap_interval(own - baseline)
         found |= {f"{metric}_gain": (own - baseline).mean(), f"{metric}_gain_low": low, f"{metric}_gain_high": high}
@@ -115,6 +125,7 @@ class _Configuration:
     label: str
     method: str
     reconstructed: str
+    reference: str
     trial: str
     confirmed: bool
     runs: pd.DataFrame
@@ -129,10 +140,10 @@ class _Configuration:
         """Test splits of a run, the most among `targets`."""
         return int(self.runs.loc[self.runs["target"].isin(targets), "num_splits"].max())
 
-    def passes(self, targets: Sequence[str]) -> dict[str, float]:
-        """What an image costs, mean over runs."""
+    def costs(self, targets: Sequence[str]) -> dict[str, float]:
+        """What an image and a run cost, mean over runs."""
         runs = self.runs[self.runs["target"].isin(targets)]
-        return {key: float(runs[key].mean()) for key in ("train_passes", "test_forwards")}
+        return {key: float(runs[key].mean()) for key in _COSTS}
 
     def conditions(self) -> dict[str, str]:
         """The value of every condition among the runs; several `BETWEEN` each other where someone mixed them."""
@@ -150,9 +161,12 @@ def _configurations(study: Study) -> list[_Configuration]:
         seeds = {str(name): _complete_seeds(own, study.targets) for name, own in runs.groupby("trial")}
         # The baseline takes no part in the search: it may have no run on the search's seed.
         main = [(kind, trial) for kind, trial in _main_trials(study) if fresh or trial["name"] in seeds]
+        if study.record.compare:  # one that has nothing yet does not keep the others waiting
+            main = [(kind, trial) for kind, trial in main if seeds.get(trial["name"])]
         common = set.intersection(*(seeds.get(trial["name"], set()) for _, trial in main)) if main else set()
         if common:
-            chosen = main + (_further_trials(study, seeds, main, common) if fresh else [])
+            further = _further_trials(study, seeds, main, common) if fresh and not study.record.compare else []
+            chosen = main + further
             counted = runs[runs["seed"].isin(common)]
             return [
                 _configuration(study, kind, trial, counted[counted["trial"] == trial["name"]], fresh)
@@ -169,11 +183,23 @@ def _complete_seeds(runs: pd.DataFrame, targets: Sequence[str]) -> set[int]:
 
 
 def _main_trials(study: Study) -> list[tuple[str, pd.Series]]:
+    if study.record.compare:
+        return [row for name in study.record.compare for row in _trials_of(study, name)]
     default = study.default_trial()
     if default is not None and default["state"] != "complete":
         default = None
     chosen = [("baseline", study.baseline_trial()), ("default", default), ("best", study.best_searched_trial())]
     return [(kind, trial) for kind, trial in chosen if trial is not None]
+
+
+def _trials_of(study: Study, method: str) -> list[tuple[str, pd.Series]]:
+    """Of a method that is compared: its defaults, then the best of what was searched."""
+    trials = study.trials_of(method)
+    kind = "baseline" if method == CONTROL else "default"
+    found = [(kind, trial) for _, trial in trials[trials["origin"] != "search"].head(1).iterrows()]
+    searched = trials[(trials["origin"] == "search") & (trials["state"] == "complete")]
+    best = searched.sort_values("score", ascending=False, kind="stable").head(1)
+    return found + [("best", trial) for _, trial in best.iterrows()]
 
 
 def _further_trials(
@@ -187,12 +213,18 @@ def _further_trials(
 def _configuration(study: Study, kind: str, trial: pd.Series, runs: pd.DataFrame, fresh: bool) -> _Configuration:
     first = runs.iloc[0]
     method = print_method(first["title"], first["reconstructed"], bool(runs["target_data"].any()))
+    about = (first["reconstructed"], first["reference"], str(trial["name"]))
+    return _Configuration(kind, _label(study, kind, trial, method, first["method"]), method, *about, fresh, runs)
+
+
+def _label(study: Study, kind: str, trial: pd.Series, title: str, method: str) -> str:
+    if study.record.compare:
+        return f"{title}, best of {len(study.trials_of(method))}" if kind == "best" else title
     searched = int((study.trials["origin"] != "baseline").sum())
     number = "" if kind == "baseline" else f"trial {int(trial['number'])}"
-    label = {
-        "baseline": f"baseline, {method}",
-        "default": f"{method}, defaults ({number})",
-        "best": f"{method}, best of {searched} ({number})",
-        "confirmed": f"{method}, {number}",
+    return {
+        "baseline": f"baseline, {title}",
+        "default": f"{title}, defaults ({number})",
+        "best": f"{title}, best of {searched} ({number})",
+        "confirmed": f"{title}, {number}",
     }[kind]
-    return _Configuration(kind, label, method, first["reconstructed"], str(trial["name"]), fresh, runs)

@@ -25,6 +25,7 @@ from analysis import buffer_bank, study_figures
 from analysis.bank_numbers import choose_layers, closest_pairs, domain_distances
 from analysis.comparison import protocol_table
 from analysis.house_style import as_png, save
+from analysis.methods_figure import methods_figure
 from analysis.study import METRIC_NAMES, PARAMETER, Axis, Study, load_study, print_method, print_name
 from analysis.tables import conditions, data_line, render, study_grids
 from analysis.text_tables import as_html
@@ -50,6 +51,8 @@ class Picture:
 
 def pictures(study: Study) -> list[Picture]:
     """Every figure that the study has the files for."""
+    if study.record.compare:
+        return _comparison_pictures(study) + _bank_pictures(study)
     found = []
     if study.trials["state"].eq("complete").any():
         caption = "Selection score of the search's trials, in the order they were begun; some end early, without one."
@@ -62,6 +65,14 @@ def pictures(study: Study) -> list[Picture]:
     if training is not None:
         found.append(Picture("training", training, "Training of every unit, all seeds."))
     return found + _bank_pictures(study)
+
+
+def _comparison_pictures(study: Study) -> list[Picture]:
+    caption = "mAP of every method; dashed: the plain baseline. A hollow mark: the method looked at target images."
+    try:
+        return [Picture("methods", methods_figure(study), caption)]
+    except UsageError:  # nothing is complete yet; the page says so where its tables would be
+        return []
 
 
 def _bank_pictures(study: Study) -> list[Picture]:

@@ -54,6 +54,8 @@ class StudyRecord:
         data: "stand-in" or "real".
         space: swept setting -> where it was searched.
         base: settings that every trial was given.
+        compare: methods that it compares, the control first; empty where it is of one method.
+        compute: what all runs have as many of, steps or passes.
         command: as typed.
         commit, dirty, versions: of the code, whether it had local changes, and of the packages.
     """
@@ -69,6 +71,8 @@ class StudyRecord:
     commit: str
     dirty: bool
     versions: dict[str, str]
+    compare: tuple[str, ...] = ()
+    compute: str = "steps"
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class TrialRecord:
     """What trial.json says, as far as it is read here.
 
     Attributes:
-        number: of the search; None for the baseline, which is no trial of it.
+        number: of the search; None for what is no trial of it: the baseline, or a method compared without a search.
         params: swept setting -> value.
         score: selection score, None unless complete.
         reason: why it ended early, where it did.
@@ -162,6 +166,10 @@ class Study:
     def best_searched_trial(self) -> pd.Series | None:
         """The best of the complete trials other than the defaults, whether or not it is better than they are."""
         return self._best(self.trials[self.trials["origin"] == "search"])
+
+    def trials_of(self, method: str) -> pd.DataFrame:
+        """The trials that ran a method, where several are compared."""
+        return self.trials[self.trials["name"].isin(self.units.loc[self.units["method"] == method, "trial"])]
 
     @staticmethod
     def _best(trials: pd.DataFrame) -> pd.Series | None:

@@ -37,7 +37,7 @@ _LINES: dict[str, dict[str, Any]] = {
 
 def history(study: Study) -> pd.DataFrame:
     """The search's trials by number: number, origin, state, score (percent, missing unless complete), best (so far)."""
-    rows = study.trials[study.trials["origin"] != "baseline"]
+    rows = study.trials[study.trials["number"].notna()]
     table = rows[["number", "origin", "state"]].reset_index(drop=True).astype({"number": int})
     table["score"] = np.where(rows["state"] == "complete", 100 * rows["score"].astype(float), np.nan)
     return table.assign(best=table["score"].cummax().ffill())

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.comparison import AVERAGE, BETWEEN, CONDITIONS, METRICS, protocol_table
-from analysis.published import published_table
+from analysis.published import POSTER, newer_table, published_table
 from analysis.study import Study, load_study, print_name
 from analysis.text_tables import Grid, as_latex, as_markdown, as_text
 from lda.command import exit_code
@@ -46,10 +46,10 @@ def render(study: Study | Path, format: str = "text", published: bool = False) -
     if poster is not None and poster.empty:
         raise UsageError(f"--published: the poster has no table for {study.protocol.title}")
     if format == "csv":
-        return _csv(table, poster)
+        return _csv(table, None if poster is None else pd.concat([poster, newer_table(study.protocol.name)]))
     grids = study_grids(study, table)
     if poster is not None:
-        grids.append(_published_grid(study, poster))
+        grids += _published_grids(study, poster, newer_table(study.protocol.name))
     title = f"{study.protocol.title}, study {study.name}"
     return {"text": as_text, "markdown": as_markdown, "latex": as_latex}[format](title, conditions(study, table), grids)
 
@@ -70,9 +70,15 @@ def conditions(study: Study, table: pd.DataFrame) -> list[tuple[str, str]]:
         *([("test splits", _splits_line(splits, usual))] if max(splits, usual) > 1 else []),
         ("inference", ", ".join([*each["inference"], *(flip[word] for word in each["flip_test"])])),
         ("CUHK03 images", f"{', '.join(each['cuhk03_boxes'])} boxes, {', '.join(each['cuhk03_protocol'])} protocol"),
-        ("numbers", "percent" + (", mean ± standard deviation over seeds" if seeds > 1 and splits == 1 else "")),
+        ("numbers", "percent" + (_spread_line(study) if seeds > 1 and splits == 1 else "")),
+        *([("compute", f"equal {study.record.compute}")] if study.record.compare else []),
         ("mAP", f"average precision by {', '.join(each['average_precision'])}"),
     ]
+
+
+def _spread_line(study: Study) -> str:
+    average = "; the average with its 95% bootstrap interval" if study.record.compare else ""
+    return f", mean ± standard deviation over seeds{average}"
 
 
 def data_line(data: str) -> str:
@@ -114,7 +120,10 @@ def study_grids(study: Study, table: pd.DataFrame) -> list[Grid]:
             grids.append(_results_grid(study, table, "_std", "Mean ± standard deviation over seeds", []))
     if table["mAP_gain"].notna().any():
         grids.append(_gain_grid(study, table))
-    grids[-1].notes.extend(_cost_notes(scores))
+    if study.record.compare:
+        grids.append(_cost_grid(study, scores))
+    else:
+        grids[-1].notes.extend(_cost_notes(scores))
     return grids
 
 
@@ -134,11 +143,68 @@ def _cost_notes(rows: pd.DataFrame) -> list[str]:
     return [f"Equal steps, not equal compute: training passes per image {listed}"]
 
 
+def _cost_grid(study: Study, rows: pd.DataFrame) -> Grid:
+    """What was compared: whose a method is, and what it costs."""
+    plain = rows.loc[rows["configuration"] == "baseline", "parameters"]
+    cells = []
+    for _, row in rows.iterrows():
+        added = len(plain) and row["configuration"] != "baseline"
+        parameters = row["parameters"] - (plain.iloc[0] if added else 0)
+        cells.append(
+            [
+                str(row["label"]),
+                _venue(row["reference"]),
+                f"{row['steps']:.0f}",
+                f"{row['train_passes']:.3g}",
+                f"{row['steps'] * row['train_passes']:.0f}",
+                f"{row['test_forwards']:.3g}",
+                "cosine" if row["test"] == "vector" else "pairs",
+                f"{parameters / 1e6:{'+' if added else ''}.3f} M",
+                f"{row['images_per_second']:.0f}",
+                f"{row['seconds']:.0f}",
+                "looked at" if "True" in row["target_data"] else "no",
+            ]
+        )
+    equal = {"steps": "Equal steps, not equal compute", "passes": "Equal compute"}[study.record.compute]
+    notes = [
+        f"{equal}. A pass: one forward and backward pass of a batch through the plain network, by the multiply-adds of "
+        "convolutions; an epoch has a whole number of steps, so passes agree as far as that allows",
+    ]
+    if (rows["test"] == "pairs").any():
+        notes.append("pairs: images are compared by a matcher on both encodings, not by cosine")
+    left_out = set(study.record.compare) - set(study.units.loc[study.units["trial"].isin(rows["trial"]), "method"])
+    if left_out:
+        notes.append(f"Left out, no seed is finished on every target yet: {', '.join(sorted(left_out))}")
+    return Grid("What a method is and costs", list(_COST_HEADS), cells, notes)
+
+
+_COST_HEADS = (
+    ("", "paper"),
+    *(("training", head) for head in ("steps", "passes/image", "passes")),
+    *(("test", head) for head in ("forwards", "compared by")),
+    ("", "parameters"),
+    *(("on this machine", head) for head in ("images/s", "s/run")),
+    ("", "target images"),
+)
+
+
+def _venue(reference: str) -> str:
+    """Where a paper appeared: what follows the last comma of its reference, or stands in brackets at the end."""
+    if reference.endswith(")"):
+        return reference.rpartition("(")[2].rstrip(")")
+    return reference.rpartition(", ")[2] if reference[-4:].isdigit() else ""
+
+
 def _results_grid(study: Study, table: pd.DataFrame, spread: str, title: str, notes: list[str]) -> Grid:
     rows = []
     for label, group in table.groupby("label", sort=False):
-        means = [(row[metric], row[f"{metric}{spread}"]) for _, row in group.iterrows() for metric in METRICS]
-        rows.append([str(label), *(_cell(mean, deviation) for mean, deviation in means)])
+        cells = []
+        for _, row in group.iterrows():
+            interval = study.record.compare and row["target"] == AVERAGE and spread == "_std"
+            for metric in METRICS:
+                wide, narrow = _with_interval(row, metric), _cell(row[metric], row[f"{metric}{spread}"])
+                cells.append(wide if interval else narrow)
+        rows.append([str(label), *cells])
     return Grid(title, _columns(study), rows, notes)
 
 
@@ -160,18 +226,28 @@ def _gain_grid(study: Study, table: pd.DataFrame) -> Grid:
     )
 
 
-def _published_grid(study: Study, poster: pd.DataFrame) -> Grid:
+def _published_grids(study: Study, poster: pd.DataFrame, newer: pd.DataFrame) -> list[Grid]:
+    warning = "" if study.data == "real" else "; OTHER DATA than above, which is stand-in: do not compare"
+    printed = _published_grid(study, poster, f"Published on the LDA poster, real data sets{warning}")
+    printed.notes.append(
+        "Averages are the printed ones, over all targets of the protocol. The poster does not define its star"
+    )
+    if newer.empty:
+        return [printed]
+    return [printed, _published_grid(study, newer, f"Published since, not on the poster, real data sets{warning}")]
+
+
+def _published_grid(study: Study, published: pd.DataFrame, title: str) -> Grid:
     rows, notes = [], []
-    for method, group in poster.groupby("method", sort=False):
-        cells = group.set_index("target")
+    for method, group in published.groupby("method", sort=False):
+        cells = group.set_index("target").reindex([*study.targets, AVERAGE])  # of some only the average is known
         star = "*" if (group["starred"] == "yes").any() else ""
-        values = [float(cells.loc[target, metric]) for target in [*study.targets, AVERAGE] for metric in METRICS]
+        values = [float(value) for _, cell in cells.iterrows() for value in (cell[metric] for metric in METRICS)]
         rows.append([f"{method}{star} ({group['venue'].iloc[0]})", *(_cell(value, np.nan) for value in values)])
         for note, noted in group[group["note"] != ""].groupby("note", sort=False):
-            notes.append(f"{method}, {', '.join(map(_print, noted['target']))}: {note}")
-    notes.append("Averages are the printed ones, over all targets of the protocol. The poster does not define its star")
-    warning = "" if study.data == "real" else "; OTHER DATA than above, which is stand-in: do not compare"
-    return Grid(f"Published on the LDA poster, real data sets{warning}", _columns(study), rows, notes)
+            where = "" if len(noted) == len(group) else f", {', '.join(map(_print, noted['target']))}"
+            notes.append(f"{method}{where}: {note}")
+    return Grid(title, _columns(study), rows, notes)
 
 
 def _columns(study: Study) -> list[tuple[str, str]]:
@@ -192,16 +268,24 @@ def _cell(value: float, spread: float) -> str:
     return f"{value:.1f}" if np.isnan(spread) else f"{value:.1f}±{spread:.1f}"
 
 
+def _with_interval(row: pd.Series, metric: str) -> str:
+    mean, low, high = row[metric], row[f"{metric}_low"], row[f"{metric}_high"]
+    return _cell(mean, np.nan) if np.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
 def _gain(row: pd.Series, column: str) -> str:
     mean, low, high = row[column], row[f"{column}_low"], row[f"{column}_high"]
     return f"{mean:+.1f}" if np.isnan(low) else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _csv(table: pd.DataFrame, poster: pd.DataFrame | None) -> str:
+def _csv(table: pd.DataFrame, published: pd.DataFrame | None) -> str:
     """Every row carries its conditions, so that none can be taken for another kind of number."""
     rows = table
-    if poster is not None:
-        printed = poster.assign(configuration="published", label=poster["method"], data="real (printed on the poster)")
+    if published is not None:
+        where = published["source"].replace({POSTER: "the poster"})
+        printed = published.assign(
+            configuration="published", label=published["method"], data="real (printed on " + where + ")"
+        )
         columns = ["configuration", "label", "target", "mAP", "rank1", "data", "note"]
         rows = pd.concat([table.astype({"seeds": "Int64"}), printed[columns]])
     text: str = rows.to_csv(index=False, float_format="%.3f", lineterminator="\n")

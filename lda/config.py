@@ -109,14 +109,15 @@ class Config:
 
     def training_hash(self, sources: Mapping[str, str]) -> str:
         """12 hex digits that name what is learnt. `sources`: source -> content hash of its images, in order."""
-        parts = {name: _training_part(getattr(self, name)) for name in ("data", "network", "batches", "schedule")}
+        names = ("data", "network", "batches", "schedule")
+        parts = {name: _hashed(getattr(self, name), test=False) for name in names}
         return _digest(
             {
                 "sources": list(sources.items()),
                 "source_part": get_protocol(self.run.protocol).source_part,
                 "validation_fraction": self.selection.validation_fraction,
                 "seed": self.run.seed,
-                "method": [self.method.name, _training_part(self.method.settings)],
+                "method": [self.method.name, _hashed(self.method.settings, test=False)],
                 **parts,
             }
         )
@@ -125,7 +126,7 @@ class Config:
         """12 hex digits that name a result: `training_hash`, the target, its content hash, selection and test."""
         tests: dict[str, Any] = {}
         for part in (self.data, self.method.settings, self.test):
-            tests |= {key: part.to_dict()[key] for key, known in settings_of(type(part)).items() if known.test}
+            tests |= _hashed(part, test=True)
         return _digest(
             {
                 "training": self.training_hash(sources),
@@ -137,8 +138,11 @@ class Config:
         )
 
 
-def _training_part(group: Settings) -> dict[str, Any]:
-    return {key: value for key, value in group.to_dict().items() if not settings_of(type(group))[key].test}
+def _hashed(group: Settings, test: bool) -> dict[str, Any]:
+    """What of a group enters a hash: its settings of the test, or those of training."""
+    known = settings_of(type(group))
+    values = {key: value for key, value in group.to_dict().items() if known[key].test == test}
+    return {key: value for key, value in values.items() if not (known[key].later and value == known[key].default)}
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from lda.device import choose_device
 from lda.errors import UsageError
 from lda.groups import Machine, Test
 from lda.settings import settings_of
-from lda.testing import Evaluator, chosen_splits, metrics
+from lda.testing import Evaluator, check_target, chosen_splits, metrics
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -77,6 +77,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     device = choose_device(config.machine)
     target = evaluation_splits(options.target, options.data_root or ensure_standin(), config.data)
     method = load_method(checkpoint, config).to(device)
+    check_target(method, target.splits)
     evaluation = Evaluator(chosen_splits(target.splits, config.test), config, device)(method)
     result = {
         "target": options.target,

@@ -126,6 +126,7 @@ class Result:
         method: name of its file in lda/methods.
         title: the method in print, with these settings.
         reconstructed: what in the method is our reading because nothing was published; "" for a published method.
+        reference: the method's paper.
         target_data: the method looked at unlabelled images of the target.
         mAP: mean average precision over valid queries, mean over splits.
         rank1, rank5, rank10: CMC, mean over splits.
@@ -159,6 +160,7 @@ class Result:
     method: str
     title: str
     reconstructed: str
+    reference: str = ""
     target_data: bool
     mAP: float  # noqa: N815 - the field's spelling
     rank1: float

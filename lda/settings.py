@@ -41,6 +41,7 @@ class Setting:
         standin: value of the recipe for the stand-in; None: the same.
         search: range and scale that a search should use; None for choices, which are all tried.
         test: changes how a trained network is used, not what is learnt.
+        later: it joined when there were finished runs: at its default it is left out of their hashes, which so stay.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Setting:
     standin: Any
     search: Range | None
     test: bool
+    later: bool = False
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -70,10 +72,11 @@ def setting(
     standin: Any = None,
     search: Range | None = None,
     test: bool = False,
+    later: bool = False,
 ) -> Any:
     """A dataclass field that is a setting; see `Setting` for the arguments."""
     known = {"help": help, "source": source, "low": low, "high": high, "standin": standin, "search": search}
-    return field(default=default, metadata={**known, "test": test})
+    return field(default=default, metadata={**known, "test": test, "later": later})
 
 
 @dataclass(frozen=True, kw_only=True)

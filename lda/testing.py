@@ -103,7 +103,8 @@ class Evaluator:
         for start in range(0, len(rows), self._batch):
             part = rows[start : start + self._batch]
             images = normalise(self._images.batch(np.array(part)).to(self.device))
-            yield TargetImages(images, torch.tensor([self._records[row].camid for row in part]), side)
+            camids = [self._records[row].camid if self.splits[0].camera_rule else 0 for row in part]
+            yield TargetImages(images, torch.tensor(camids), side)
 
     def _ranking(self, split: EvaluationSet, encodings: Tensor, scorer: Scorer) -> RankingResult:
         ranking = rank_encodings(
@@ -140,6 +141,16 @@ class Evaluator:
                     output = output + method.encode(images.flip(3))
             found.append(output.float())
         return torch.cat(found)
+
+
+def check_target(method: Method, splits: Sequence[EvaluationSet]) -> None:
+    """Raises UsageError for a target whose cameras are unknown and a method that adapts to them. Source validation
+    takes such a set for one camera instead: otherwise no such method could train beside it."""
+    if method.looks_at_target and not splits[0].camera_rule:
+        raise UsageError(
+            f"target: {splits[0].name} says no cameras, which {method.title} adapts to; choose another target, or an "
+            "inference that does not look at it"
+        )
 
 
 def chosen_splits(splits: Sequence[EvaluationSet], test: Test) -> Sequence[EvaluationSet]:

@@ -111,9 +111,9 @@ class Trainer:
             scalars = self.method.train_step(self._shown(batch), self.step, update)
         if not update.count:
             raise TrainingError(f"{self.config.method.name}: train_step ended without an update")
-        missing = {name: value for name, value in scalars.items() if name not in update.scalars}
+        update.check({name: value for name, value in scalars.items() if name not in update.scalars})
         self.step += 1
-        return {**update.scalars, **_numbers(missing), "lr": rate}
+        return {**update.scalars, "lr": rate}
 
     def _shown(self, batch: Batch) -> Batch:
         """The batch on the device, augmented."""
@@ -163,7 +163,7 @@ class _Update:
         if len(chosen) != len(groups):
             there = ", ".join(group["name"] for group in optimizer.param_groups)
             raise ValueError(f"update of groups {groups}: the method's parameter groups are {there}")
-        self._check(losses)
+        self.check(losses)
         parameters = [parameter for group in chosen for parameter in group["params"]]
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self._trainer.device.type, enabled=False):
@@ -176,7 +176,8 @@ class _Update:
             torch.clear_autocast_cache()  # it holds the weights as they were before the step
         self.count += 1
 
-    def _check(self, losses: Losses) -> None:
+    def check(self, losses: Losses) -> None:
+        """Note scalars of the step. Raises TrainingError naming one that is not finite."""
         scalars = _numbers(losses)  # one wait for the GPU
         self.scalars |= scalars
         wrong = [name for name, value in scalars.items() if not np.isfinite(value)]

@@ -19,7 +19,7 @@ from lda.data.standin.tree import ensure_standin
 from lda.device import choose_device
 from lda.errors import UsageError
 from lda.runs import Content, Cost, Result, RunFolder, Selection, Split, UnitFolder
-from lda.testing import Evaluation, Evaluator, chosen_splits, metrics
+from lda.testing import Evaluation, Evaluator, check_target, chosen_splits, metrics
 from lda.tracking import RunLabels, Tracker
 from lda.trainer import Trainer
 
@@ -136,6 +136,7 @@ class _Unit:
         self.config, self.task, self.run, self.tracker, self.on_progress = config, task, run, tracker, on_progress
         self.trainer = Trainer(config, task, device)
         self.validation = [Evaluator([images], config, device) for images in task.validation]
+        check_target(self.trainer.method, task.test_splits)
         self.test = Evaluator(chosen_splits(task.test_splits, config.test), config, device)
         self.started = time.monotonic()
         self.seconds_before = 0.0
@@ -170,6 +171,7 @@ class _Unit:
             method=config.method.name,
             title=method.label,
             reconstructed=method.reconstructed,
+            reference=method.reference,
             target_data=method.looks_at_target,
             **_metrics(test),
             inference=method.inference,

@@ -166,7 +166,8 @@ class Coordinator:
         searched = self.budget.exhausted(known, at)
         if searched:
             self._tell_limit(known, at)
-            if self.confirm is None and self.spec.confirm.seeds and any(_complete(c) for c in known):
+            to_confirm = any(_complete(c) for c in known) or not self.budget.trials
+            if self.confirm is None and self.spec.confirm.seeds and to_confirm:
                 self.confirm = open_confirmation(self.storage, self.plan.study, self.spec, known)
         confirming = [] if self.confirm is None else self.confirm.configurations()
         self._known = (known, confirming)

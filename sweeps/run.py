@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="sweeps/run.py",
-        description="Run a study of LDA. The same command goes on with one that was interrupted.",
+        description="Run a study. The same command goes on with one that was interrupted.",
         allow_abbrev=False,
     )
     parser.add_argument("--study", help="a study's name (see --list), or a YAML file", metavar="NAME")
@@ -43,7 +43,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, default=Path("runs"), metavar="DIR", help="parent of the study's folder (default: runs)"
     )
-    parser.add_argument("--trials", type=_positive, metavar="N", help="configurations to try (default: the study's)")
+    parser.add_argument("--trials", type=_count, metavar="N", help="configurations to try (default: the study's)")
+    parser.add_argument(
+        "--methods", type=_names, metavar="A,B", help="of a study that compares methods, these (default: all it has)"
+    )
+    parser.add_argument(
+        "--compute",
+        choices=("steps", "passes"),
+        help="what epochs x steps_per_epoch count: steps, or passes through the plain network (default: the study's)",
+    )
     parser.add_argument("--seed", type=_count, metavar="N", help="seed (default: the study's)")
     parser.add_argument(
         "--confirm-seeds",
@@ -75,6 +83,10 @@ def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
     return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _positive(text: str) -> int:
@@ -140,7 +152,13 @@ def _run(given: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> StudySpec:
     if given.join:
-        settled = {"--set": given.set, "--seed": given.seed is not None, "--trials": given.trials}
+        settled = {
+            "--set": given.set,
+            "--seed": given.seed is not None,
+            "--trials": given.trials is not None,
+            "--methods": given.methods,
+            "--compute": given.compute,
+        }
         if changed := [option for option, value in settled.items() if value]:
             raise UsageError(f"--join takes the study as it runs; leave out {' and '.join(changed)}")
         from sweeps.list.study import running_study
@@ -156,6 +174,8 @@ def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> Stud
         seed=given.seed,
         trials=given.trials,
         confirm_seeds=given.confirm_seeds,
+        compare=given.methods,
+        compute=given.compute,
     )
 
 
@@ -197,11 +217,12 @@ def _coordinate(
         print(f"interrupted; everything finished is kept. Go on with:\n  {plan.command}", file=sys.stderr)
         return 130
     now = coordinator.look()
-    finish(name, spec, plan.folder, plan.data.kind, complete=now.complete > 0)
+    complete = now.complete > 0 or (not now.budget and now.confirmed > len(now.failures))
+    finish(name, spec, plan.folder, plan.data.kind, complete=complete)
     for line in now.failures:
         print(f"given up: {line}", file=sys.stderr)
     print(f"{name}: {status_line(now)}; {folder}")
-    return 0 if now.complete else 1
+    return 0 if complete else 1
 
 
 def _as_typed(given: argparse.Namespace, arguments: Sequence[str]) -> str:

@@ -3,7 +3,8 @@
 study.json                  the resolved study, its command and versions; written by the coordinator
 trial-0007/trial.json       one configuration: parameters, state, score, units; of the database, see trial_files.py
 trial-0007/<target>-s0/     one unit, written by lda.trainer
-trial-baseline/             the plain baseline of the confirmation
+trial-baseline/             the plain baseline of the confirmation; trial-<method>/: where methods are compared without
+                            a search, each under its own name
 events.jsonl                what happened, one `Event` a line, appended by everyone
 workers/<id>.json, .lock    what a worker does now; it holds the lock while it lives, so a free lock is a dead worker
 workers/<host>-<slot>.log   what a worker printed
@@ -48,6 +49,11 @@ def check_format(found: object, where: str) -> None:
 def trial_name(number: int) -> str:
     """Folder of a trial: trial-0007. The number is that of the first attempt; retries share the folder."""
     return f"trial-{number:04d}"
+
+
+def is_numbered(trial: str) -> bool:
+    """Whether a folder is that of a trial of the search."""
+    return trial.removeprefix("trial-").isdigit()
 
 
 def unit_name(target: str, seed: int) -> str:

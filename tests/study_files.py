@@ -85,6 +85,7 @@ def a_result(
         "average_precision": "step",
         "cuhk03_boxes": "labeled",
         "cuhk03_protocol": "new",
+        "reference": "somebody, somewhere 2020",
         "selection": Selection(selection, score, dict.fromkeys(sources, score)),
         "data": "stand-in",
         "content": Content(dict.fromkeys(sources, "0123456789ab"), "0123456789ab"),

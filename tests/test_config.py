@@ -46,6 +46,7 @@ LDA_DEFAULTS = {
     "bank_momentum": 0.9, "consistency_weight": 0.1, "alignment_weight": 0.1, "bank_warmup_updates": 50,
     "network_a": "an", "an_affine": "none", "donor": "uniform", "norm_sites": "all", "latent": "mean",
     "distance": "w2", "alignment": "image", "heads": "separate", "classifier": "per_domain", "inference": "fused",
+    "camera_statistics": "off", "camera_images": 200,
 }  # fmt: skip
 STANDIN = {
     "backbone": "small", "pretrained": "none", "image_height": 64, "image_width": 32, "ids_per_batch": 8,

@@ -43,3 +43,18 @@ def test_triplet_of_identical_features_is_the_margin_with_finite_gradient() -> N
 def test_triplet_rejects_batches_without_triplets(labels: list[int]) -> None:
     with pytest.raises(ValueError, match="two images of every identity"):
         losses.batch_hard_triplet_loss(torch.randn(4, 3), torch.tensor(labels), 0.3)
+
+
+def test_distances_equal_loop_and_are_of_full_precision_inside_autocast() -> None:
+    random = torch.Generator().manual_seed(0)
+    a = torch.randn(5, 32, generator=random)
+    b = torch.cat([torch.randn(3, 32, generator=random), a[:1] + 1e-2])
+    found = losses.squared_distances(a, b)
+    for i in range(5):
+        for j in range(4):
+            assert float(found[i, j]) == pytest.approx(float((a[i] - b[j]).square().sum()), rel=1e-4, abs=1e-5)
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    triplet = losses.batch_hard_triplet_loss(a, labels, 0.3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(losses.squared_distances(a, b), found)
+        assert torch.equal(losses.batch_hard_triplet_loss(a, labels, 0.3), triplet)

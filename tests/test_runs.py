@@ -232,7 +232,7 @@ def test_a_real_run_writes_what_is_documented(standin_tiny: Path, tmp_path: Path
     assert unit.result == result
     assert unit.settings == config.to_dict()
     assert (unit.unit, unit.training) == (result.unit, result.training)
-    assert set(json.loads((tmp_path / RESULT).read_text())) == {"format"} | FIELDS - OPTIONAL
+    assert set(json.loads((tmp_path / RESULT).read_text())) == {"format", "reference"} | FIELDS - OPTIONAL
     assert result.title == "LDA"
     assert result.cost.train_passes == 2
     assert result.parameters > 0

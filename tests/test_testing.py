@@ -22,7 +22,7 @@ from lda.groups import Setup
 from lda.methods.base import Method, TargetImages
 from lda.ranking import RankingResult, Scorer
 from lda.settings import Settings
-from lda.testing import Evaluation, Evaluator, chosen_splits, effective_rank, metrics
+from lda.testing import Evaluation, Evaluator, check_target, chosen_splits, effective_rank, metrics
 
 CPU = torch.device("cpu")
 
@@ -174,7 +174,7 @@ def test_a_method_that_looks_at_the_target_does_so_on_a_copy_per_camera(
     if cameras:
         assert groups == [("gallery", [1] * 6), ("gallery", [2]), ("query", [0, 0])]
     else:
-        assert groups == [("gallery", [1] * 6 + [2]), ("query", [0, 0])]
+        assert groups == [("gallery", [0] * 7), ("query", [0, 0])]
     for record, encoding in zip(
         evaluator._records, evaluator._adapted_encodings(method.eval(), method.scorer()), strict=True
     ):
@@ -187,6 +187,16 @@ def test_a_method_that_looks_at_the_target_does_so_on_a_copy_per_camera(
         plain = alone._encodings(Plain(Settings(), config.setup([4])), method.scorer(), range(len(group)))
         expected = plain[[r.path for r in alone._records].index(record.path)] + plain.mean(0)
         torch.testing.assert_close(encoding, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_target_without_cameras_is_refused_where_a_method_adapts_to_them(splits: list[EvaluationSet]) -> None:
+    config = preset("standin", threads=1)
+    unknown = [dataclasses.replace(split, camera_rule=False) for split in splits]
+    method = Adapting(Settings(), config.setup([4]))
+    with pytest.raises(UsageError, match="prid says no cameras, which adapting adapts to; choose another target"):
+        check_target(method, unknown)
+    check_target(method, splits)
+    check_target(Plain(Settings(), config.setup([4])), unknown)
 
 
 class Plain(Adapting):

@@ -21,11 +21,12 @@ the bank momentum, lambda_c and lambda_a the weights of the latent losses; mu_b,
         (11) L = [CE + Tri]_E + [CE + Tri]_A + lambda_c L_consis + lambda_a L_align
 
 Not on the poster, so our reading: the form of (7) to (10), the weights, the inference rule, the schedule.
+`camera_statistics` is no part of LDA: the control for methods that look at the target, on Network-E.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,10 +38,11 @@ from lda.batch import Batch, Layout
 from lda.errors import UsageError
 from lda.groups import Setup
 from lda.kept import Kept
-from lda.methods.base import Cost, Losses, Method
+from lda.methods.base import Cost, Losses, Method, TargetImages
 from lda.parts.backbones import Backbone, backbone_of, convert_norm
 from lda.parts.bank import BufferBank, draw_donor
 from lda.parts.bank_pictures import kept_banks
+from lda.parts.camera_statistics import CameraSettings, images_of_camera, take_camera_statistics
 from lda.parts.heads import Head, gem, label_offsets
 from lda.parts.losses import (
     Gaussian,
@@ -58,7 +60,7 @@ Distance = Literal["w2", "w2_squared", "symmetric_kl"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LDASettings(IdentitySettings):
+class LDASettings(IdentitySettings, CameraSettings):
     """Settings of LDA."""
 
     bank_momentum: float = setting(
@@ -104,6 +106,11 @@ class LDASettings(IdentitySettings):
         if self.network_a == "none" and self.inference != "expert":
             raise UsageError(
                 f"inference: {self.inference!r} needs Network-A, but network_a is none; set inference=expert"
+            )
+        if self.inference == "aligned" and self.camera_statistics == "on":
+            raise UsageError(
+                "camera_statistics: Network-A normalises by the image alone, so it has none to replace; "
+                "set camera_statistics=off, or inference=fused"
             )
 
 
@@ -165,6 +172,15 @@ class BufferBankNorm2d(RecordingLayer):
         self.bank, self.switch, self.an_affine, self.eps = bank, switch, an_affine, eps
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
+        self.camera: nn.BatchNorm2d | None = None
+
+    def watch_camera(self) -> None:
+        """Let `MeanExpert` normalise by statistics that a camera's images give (`take_camera_statistics`)."""
+        self.camera = nn.BatchNorm2d(len(self.weight), eps=self.eps, affine=False).to(self.weight.device).eval()
+        assert self.camera.running_mean is not None, "it tracks them"
+        assert self.camera.running_var is not None, "it tracks them"
+        self.camera.running_mean.copy_(self.bank.mean.mean(0))
+        self.camera.running_var.copy_(self.bank.var.mean(0))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W). Raises RuntimeError outside `with switch.on(route)`."""
@@ -175,6 +191,9 @@ class BufferBankNorm2d(RecordingLayer):
                 return self._anti_normalised(x, donor)
             case InstanceNormalised():
                 return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+            case MeanExpert() if self.camera is not None:
+                normalised: Tensor = self.camera(x)
+                return self.weight[:, None, None] * normalised + self.bias[:, None, None]
             case MeanExpert():
                 mean, var = self.bank.mean.mean(0), self.bank.var.mean(0)
                 return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
@@ -317,7 +336,20 @@ class LDA(Method):
 
     @property
     def inference(self) -> str:
-        return self.settings.inference
+        return self.settings.inference + (", camera statistics" if self.looks_at_target else "")
+
+    @property
+    def looks_at_target(self) -> bool:
+        return self.settings.camera_statistics == "on"
+
+    def adapt(self, target: Iterable[TargetImages]) -> None:
+        """Let Network-E normalise by statistics of one camera's images instead of the mean bank's. Network-A takes
+        every image by itself, so nothing changes there."""
+        for layer in self.backbone.modules():
+            if isinstance(layer, BufferBankNorm2d):
+                layer.watch_camera()
+        images = images_of_camera(target, self.settings.camera_images)
+        take_camera_statistics(lambda shown: self._maps(shown, MeanExpert()), images, [self.backbone])
 
     @property
     def cost(self) -> Cost:

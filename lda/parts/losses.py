@@ -55,6 +55,15 @@ def identity_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """|a_i - b_j|^2 of (N, D) and (M, D), as (N, M) >= 0, in fp32 inside autocast too: a product in bf16 would lose
+    all digits of the distance of two features that are close."""
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = a.float(), b.float()
+        squared = a.square().sum(1)[:, None] + b.square().sum(1)[None, :] - 2.0 * a @ b.T
+    return squared.clamp_min(0.0)
+
+
 def batch_hard_triplet_loss(features: Tensor, labels: Tensor, margin: float, part: bool = False) -> Tensor:
     """Mean over anchors of [d(hardest positive) - d(hardest negative) + margin]_+ (Hermans et al., arXiv 1703.07737).
 
@@ -68,9 +77,7 @@ def batch_hard_triplet_loss(features: Tensor, labels: Tensor, margin: float, par
     same = labels[:, None] == labels[None, :]
     if labels.is_cpu and (bool((same.sum(1) < 2).any()) or (bool(same.all()) and not part)):
         raise ValueError("batch-hard triplets need two images of every identity and two identities in a batch")
-    norms = features.square().sum(1)
-    squared = norms[:, None] + norms[None, :] - 2.0 * features @ features.T
-    distances = squared.clamp_min(1e-12).sqrt()
+    distances = squared_distances(features, features).clamp_min(1e-12).sqrt()
     hardest_positive = distances.masked_fill(~same, 0.0).amax(1)
     hardest_negative = distances.masked_fill(same, torch.inf).amin(1)
     return F.relu(hardest_positive - hardest_negative + margin).mean()

@@ -21,7 +21,7 @@ from lda.trainer import TrainingError
 from lda.unit import Progress, run_unit
 from sweeps.crew.assignment import Assignment
 from sweeps.crew.post import Post
-from sweeps.list.jobs import Job
+from sweeps.list.jobs import Job, is_default
 from sweeps.list.ledger import UNIT, Ledger
 from sweeps.plan.pruning import PrunedError, running_mean
 from sweeps.plan.spec import StudySpec
@@ -136,7 +136,7 @@ class Attempt:
     def _default_scores(self) -> dict[str, float]:
         """Target -> score of the defaults in the search, as far as they have been run."""
         known = self.post.patiently(self.search.configurations)
-        defaults = [configuration.units for configuration in known if configuration.params == self.spec.defaults]
+        defaults = [configuration.units for configuration in known if is_default(self.spec, configuration.params)]
         return {target: unit["score"] for units in defaults for target, unit in units.items()}
 
     def _finished_elsewhere(self, folder: Path, unit: str) -> Result | None:

@@ -34,9 +34,8 @@ from sweeps.crew.post import Post, Stopped
 from sweeps.list.jobs import Job, job_of
 from sweeps.list.ledger import Budget, Kind, Ledger
 from sweeps.list.storage import StorageError, open_storage
-from sweeps.list.study import confirm_study, confirmation_budget, search_budget
+from sweeps.list.study import confirm_study, confirmation_budget, distributions_of, search_budget
 from sweeps.plan.pruning import PrunedError, build_pruner
-from sweeps.plan.space import distributions
 from sweeps.plan.spec import StudySpec, from_dict
 from sweeps.study_folder import EventKind, StudyFolder
 
@@ -66,7 +65,7 @@ class Worker:
         self.storage = self._connect()
         self.search = self._open(assignment.study, search_budget(self.spec, assignment.until))
         self.confirm: Ledger | None = None
-        self.distributions = distributions(self.spec.search.space, self.spec.method)
+        self.distributions = distributions_of(self.spec)
 
     def _connect(self) -> BaseStorage:
         """The study's storage. The coordinator has reached it, so a failure is an outage: to be waited for."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from optuna.trial import Trial
 
-from sweeps.list.ledger import Configuration
-from sweeps.plan.spec import StudySpec
+from lda.config import METHOD
+from sweeps.list.ledger import Configuration, given_method
+from sweeps.plan.spec import StudySpec, named_point, unnamed_point
 from sweeps.study_folder import trial_name
 
 
@@ -54,14 +55,23 @@ class Job:
 
 def search_job(spec: StudySpec, number: int, params: Mapping[str, Any]) -> Job:
     """The job of a search trial; `number` is that of its first attempt."""
-    origin = "default" if dict(params) == spec.defaults else "search"
-    return Job(trial_name(number), origin, spec.seed, dict(params))
+    changes = unnamed_point(dict(params))
+    return Job(trial_name(number), "default" if is_default(spec, params) else "search", spec.seed, changes)
+
+
+def is_default(spec: StudySpec, params: Mapping[str, Any]) -> bool:
+    """Whether the parameters of a configuration change nothing: of the study's method, or of the one they name."""
+    if not spec.compare:
+        return dict(params) == spec.defaults
+    method = params[METHOD.name]
+    return dict(params) == named_point(method, spec.defaults_of(method))
 
 
 def job_of(spec: StudySpec, trial: Trial) -> Job:
     """The job of an attempt that runs, of the search or of the confirmation."""
     given = trial.user_attrs.get("job")
-    return Job(**given) if given else search_job(spec, trial.user_attrs.get("root", trial.number), trial.params)
+    params = given_method(trial.user_attrs) | trial.params
+    return Job(**given) if given else search_job(spec, trial.user_attrs.get("root", trial.number), params)
 
 
 def configuration_job(spec: StudySpec, configuration: Configuration) -> Job:

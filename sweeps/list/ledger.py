@@ -18,16 +18,19 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from lda.config import METHOD
 from sweeps.list.storage import turn
 
 Kind = Literal["interrupted", "lost", "error", "final"]
 """Why an attempt ended early: stopped by the user or with the whole study (does not count as a failure), its worker
 gone, an exception, or a failure of the configuration itself that a further attempt would only repeat."""
+
+Distributions = dict[str, BaseDistribution] | Callable[[str], dict[str, BaseDistribution]]
 
 UNIT = "unit:"
 """Prefix of the trial attributes that hold the results of finished units."""
@@ -51,8 +54,10 @@ class Configuration:
 
     @property
     def params(self) -> dict[str, Any]:
-        """Swept settings, those given in advance included: an attempt that waits has no others yet."""
-        return {**self.last.system_attrs.get("fixed_params", {}), **self.last.params}
+        """Swept settings, those given in advance included: an attempt that waits has no others yet. With the method,
+        where several are compared."""
+        given = self.last.system_attrs.get("fixed_params", {})
+        return {**given_method(self.last.user_attrs), **given, **self.last.params}
 
     @property
     def failures(self) -> int:
@@ -166,18 +171,30 @@ class Ledger:
         return configurations(self.trials())
 
     def enqueue(self, key: str, params: Mapping[str, Any], **attributes: Any) -> None:
-        """Put a configuration on the list unless one with this key is there."""
+        """Put a configuration on the list unless one with this key is there.
+
+        A method among `params` becomes an attribute: Optuna's categories cannot grow when another method joins.
+        """
         keys = {trial.user_attrs.get("key") for trial in self.trials() if not trial.user_attrs.get("withdrawn")}
         if key not in keys:
-            self.study.enqueue_trial(dict(params), user_attrs={**attributes, "key": key})
+            swept = {name: value for name, value in params.items() if name != METHOD.name}
+            self.study.enqueue_trial(swept, user_attrs={**attributes, **given_method(params), "key": key})
 
-    def ask(self, distributions: dict[str, BaseDistribution], worker: str) -> Trial | None:
-        """The next attempt, now running for `worker`; None when nothing can be started at the moment."""
+    def ask(self, distributions: Distributions, worker: str) -> Trial | None:
+        """The next attempt, now running for `worker`; None when nothing can be started at the moment.
+
+        distributions: of what the sampler chooses, or, where that depends on the method, a function of its name.
+        """
         while True:
             with turn(self.storage):
                 if not self._startable():
                     return None
-                trial = self.study.ask(distributions)
+                if callable(distributions):
+                    trial = self.study.ask()
+                    for name, distribution in distributions(trial.user_attrs[METHOD.name]).items():
+                        _suggest(trial, name, distribution)
+                else:
+                    trial = self.study.ask(distributions)
             trial.set_user_attr("worker", worker)
             if not self._surplus(trial.number):
                 return trial
@@ -251,6 +268,24 @@ class Ledger:
             return None
         trial_id = self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         return lambda: record(trial_id)
+
+
+def given_method(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry that names a method, where there is one."""
+    return {key: value for key, value in values.items() if key == METHOD.name}
+
+
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
+    """Let the sampler choose, unless the value was given in advance."""
+    match distribution:
+        case CategoricalDistribution():
+            trial.suggest_categorical(name, distribution.choices)
+        case IntDistribution():
+            trial.suggest_int(name, distribution.low, distribution.high, log=distribution.log, step=distribution.step)
+        case FloatDistribution():
+            trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log, step=distribution.step)
+        case _:
+            raise TypeError(f"{name}: expected a distribution of Optuna's, got {distribution!r}")
 
 
 def point_key(point: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,12 +14,15 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import TrialState
 
+from lda.config import METHOD
 from lda.errors import UsageError
-from sweeps.list.jobs import Job, search_job
-from sweeps.list.ledger import Budget, Configuration, Ledger, configurations, point_key
+from lda.methods import CONTROL
+from sweeps.list.jobs import Job, is_default, search_job
+from sweeps.list.ledger import Budget, Configuration, Distributions, Ledger, configurations, point_key
 from sweeps.list.storage import masked, open_storage
 from sweeps.plan.images import Data
-from sweeps.plan.spec import StudySpec, differences, from_dict, same_study, to_dict
+from sweeps.plan.space import distributions
+from sweeps.plan.spec import StudySpec, differences, from_dict, named_settings, same_study, to_dict
 from sweeps.study_folder import BASELINE, FORMAT, check_format
 
 _CREATION_SECONDS = 20.0  # a few dozen inserts; a creator that takes longer is dead
@@ -128,13 +132,35 @@ def search_budget(spec: StudySpec, until: float | None = None) -> Budget:
 
 def enqueue_first_points(spec: StudySpec, ledger: Ledger) -> None:
     """Put the defaults and the given points on the list, those that are not there yet."""
+    same: Counter[str] = Counter()
     for point in spec.first_points:
-        ledger.enqueue(point_key(point), point)
+        key = point_key(point)
+        ledger.enqueue(f"{key} {same[key]}" if same[key] else key, point)  # of a method alone, there are several
+        same[key] += 1
 
 
-def best_configurations(spec: StudySpec, known: list[Configuration], count: int) -> list[Configuration]:
-    """The complete configurations with the highest scores, the defaults apart; pruned ones never enter."""
-    complete = [c for c in known if c.last.state == TrialState.COMPLETE and c.params != spec.defaults]
+def distributions_of(spec: StudySpec) -> Distributions:
+    """What the sampler chooses: a value for each setting that is swept, where methods are compared of each its own."""
+    if not spec.compare:
+        return distributions(spec.search.space, spec.method)
+
+    return lambda method: named_settings(method, distributions(spec.space(method), method))
+
+
+def best_configurations(
+    spec: StudySpec, known: list[Configuration], count: int, method: str | None = None
+) -> list[Configuration]:
+    """The complete configurations with the highest scores, the defaults apart; pruned ones never enter.
+
+    method: of several that are compared, the one to look at.
+    """
+    complete = [
+        c
+        for c in known
+        if c.last.state == TrialState.COMPLETE
+        and not is_default(spec, c.params)
+        and method in (None, c.params.get(METHOD.name))
+    ]
     return sorted(complete, key=lambda c: (-(c.last.value or 0.0), c.number))[:count]
 
 
@@ -160,16 +186,32 @@ def confirm_jobs(spec: StudySpec, known: list[Configuration]) -> list[Job]:
     A rank for which no configuration is complete is left out. Seeds vary slowest, so that a confirmation cut short has
     compared everything on its first seeds.
     """
+    jobs = _jobs_of_all(spec, known) if spec.compare else _jobs_of_one(spec, known)
+    return [Job(job.trial, job.origin, seed, job.changes, confirms=True) for seed in spec.confirm_seeds for job in jobs]
+
+
+def _jobs_of_all(spec: StudySpec, known: list[Configuration]) -> list[Job]:
+    """Of each method its defaults and its best; without a search the defaults have no trial, and the method's name."""
+    jobs = []
+    for method in spec.entrants:
+        own = [c for c in known if c.params.get(METHOD.name) == method]
+        defaults = [c for c in own if is_default(spec, c.params)]
+        best = best_configurations(spec, own, spec.confirm.top)
+        jobs += [search_job(spec, c.number, c.params) for c in (*defaults[:1], *best)]
+        if not spec.search.trials:
+            origin = "baseline" if method == CONTROL else "default"
+            jobs.append(Job(f"trial-{method}", origin, 0, {METHOD.name: method}))
+    return jobs
+
+
+def _jobs_of_one(spec: StudySpec, known: list[Configuration]) -> list[Job]:
     defaults = [configuration for configuration in known if configuration.params == spec.defaults]
     best = best_configurations(spec, known, spec.confirm.top)
     named = [("defaults", defaults[0])] if defaults else []
     named += [(f"top {rank}", configuration) for rank, configuration in enumerate(best, start=1)]
     jobs = {name: search_job(spec, c.number, c.params) for name, c in named}
     jobs["baseline"] = Job(BASELINE, "baseline", 0, {"method": spec.control})
-    chosen = [jobs[name] for name in spec.compared(len(known)) if name in jobs]
-    return [
-        Job(job.trial, job.origin, seed, job.changes, confirms=True) for seed in spec.confirm_seeds for job in chosen
-    ]
+    return [jobs[name] for name in spec.compared(len(known)) if name in jobs]
 
 
 def enqueue_confirmation(spec: StudySpec, known: list[Configuration], ledger: Ledger) -> None:

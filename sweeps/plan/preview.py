@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from lda.config import METHOD
 from lda.data.catalogue import title
 from lda.protocols import get_protocol
+from sweeps.plan.compute import train_passes
 from sweeps.plan.spec import StudySpec
 
 
@@ -18,21 +20,22 @@ def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: 
         where: further lines, (name, text).
     """
     protocol, search = get_protocol(spec.protocol), spec.search
-    config = spec.config(spec.targets[0], spec.seed, {})
+    config = spec.config(spec.targets[0], spec.seed, {METHOD.name: spec.method})
     lines = [
         ("study", f"{name}: {spec.title}"),
         ("data", f"{data}; preset {spec.preset}"),
         (
             "training",
-            f"{spec.method}, {config.schedule.epochs} epochs of {config.schedule.steps_per_epoch} steps, "
-            f"{config.network.backbone}, {config.batches.image_height} x {config.batches.image_width} pixels",
+            f"{spec.method}, {_steps(spec, spec.method)}, {config.network.backbone}, "
+            f"{config.batches.image_height} x {config.batches.image_width} pixels",
         ),
+        *(("", f"{method}, {_steps(spec, method)}") for method in spec.entrants[1:]),
         *(
             ("target", f"{title(target)} from {', '.join(title(s) for s in protocol.sources(target))}")
             for target in spec.targets
         ),
         ("selection", spec.selection),
-        ("search", f"{_trials(spec)} by {search.sampler}, seed {spec.seed}; trial 0 is the defaults"),
+        ("search", _search(spec)),
         *(("", f"{key}: {_axis(spec, key)}") for key in search.space),
         *(("fixed", pair) for pair in fixed),
         *(("limit", text) for text in _limits(spec)),
@@ -44,8 +47,24 @@ def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: 
     return "\n".join(f"{name:11}{text}" for name, text in lines)
 
 
-def _trials(spec: StudySpec) -> str:
-    return f"{spec.num_trials} trial{'' if spec.num_trials == 1 else 's'}"
+def _steps(spec: StudySpec, method: str) -> str:
+    """How long a method trains: at equal compute, what that costs is said beside it."""
+    config = spec.config(spec.targets[0], spec.seed, {METHOD.name: method})
+    schedule = config.schedule
+    text = f"{schedule.epochs} epochs of {schedule.steps_per_epoch} steps"
+    if spec.compute == "steps":
+        return text
+    passes = train_passes(config)
+    return f"{text} of {passes:.3g} passes: {schedule.total_steps * passes:.0f} passes"
+
+
+def _search(spec: StudySpec) -> str:
+    trials, search = spec.num_trials, spec.search
+    if not trials:
+        return "none: the defaults are compared"
+    each = f" ({search.trials} of each method beside its defaults)" if spec.compare else ""
+    first = "" if spec.compare else "; trial 0 is the defaults"
+    return f"{trials} trial{'' if trials == 1 else 's'}{each} by {search.sampler}, seed {spec.seed}{first}"
 
 
 def _axis(spec: StudySpec, key: str) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
@@ -20,11 +20,13 @@ from lda.errors import UsageError, unknown
 from lda.groups import Machine
 from lda.protocols import get_protocol
 from lda.settings import explained, settings_of
-from sweeps.plan.space import Axis, Point, checked_axis, checked_point, grid
+from sweeps.plan.compute import at_equal_passes
+from sweeps.plan.space import Axis, Point, Space, checked_axis, checked_point, grid
 
 STUDIES = Path(__file__).parent.parent / "studies"
 """Folder of the studies that `--study NAME` finds by name."""
 
+T = TypeVar("T")
 _strict_keys = with_config(ConfigDict(extra="forbid"))
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -60,7 +62,8 @@ class Search:
     Attributes:
         space: swept setting -> axis; without it, what the method's file asks for.
         sampler: tpe, gp (up to about five continuous axes), random, or grid (choices and steps only).
-        trials: configurations to try; trial 0 is the defaults.
+        trials: configurations to try; trial 0 is the defaults. In a study that compares methods: configurations to try
+            of each beside its defaults; 0 compares the defaults alone, without a search.
         hours: begin no configuration after this wall clock of one command.
         device_hours: begin no configuration after this much training time, summed over devices and commands.
         retries: how often a trial that failed is tried again.
@@ -69,7 +72,7 @@ class Search:
 
     space: dict[str, Axis] = field(default_factory=dict)
     sampler: Literal["tpe", "gp", "random", "grid"] = "tpe"
-    trials: Positive = 20
+    trials: Count = 20
     hours: Seconds | None = None
     device_hours: Seconds | None = None
     retries: Count = 2
@@ -106,6 +109,10 @@ class StudySpec:
         standin: scale of the stand-in domains.
         base: settings that differ from the preset, for every trial; `method` is one of them.
         methods: method -> settings of its own that differ from the preset, whenever it runs.
+        compare: methods that run side by side, each searched by its own settings with the same number of trials;
+            "all": every one there is. Empty: the study is of one method.
+        compute: what a run's epochs x steps_per_epoch count: "steps", or "passes": training passes through the plain
+            network, so that a method which takes two of them for an image makes half as many steps.
         seed: of the sampler and of the search's units; confirmation takes the seeds after it.
         heartbeat_seconds: how often a worker says that it lives.
         grace_seconds: a worker silent for this long has lost its trial.
@@ -121,6 +128,8 @@ class StudySpec:
     standin: Literal["tiny", "small", "full"] = "small"
     base: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compare: tuple[str, ...] | Literal["all"] = ()
+    compute: Literal["steps", "passes"] = "steps"
     seed: Annotated[int, Field(ge=0, lt=2**30)] = 0
     heartbeat_seconds: Positive = 20
     grace_seconds: Positive = 120
@@ -130,17 +139,24 @@ class StudySpec:
         assert self.preset is not None, "resolve() fills the preset"
         where = {"protocol": self.protocol, "target": target, "seed": seed}
         own = self.methods.get(changes.get(METHOD.name, self.method), {})
-        return preset(self.preset, **{**self.base, **own, **changes, **where})
+        config = preset(self.preset, **{**self.base, **own, **changes, **where})
+        return config if self.compute == "steps" else at_equal_passes(config)
 
     @property
     def method(self) -> str:
-        """The method whose settings are swept."""
-        return str(self.base.get(METHOD.name, METHOD.default))
+        """The method whose settings are swept; where several are compared, the first."""
+        return self.entrants[0] if self.compare else str(self.base.get(METHOD.name, METHOD.default))
+
+    @property
+    def entrants(self) -> tuple[str, ...]:
+        """The methods that are compared; none where the study is of one."""
+        assert self.compare != "all", "resolve() fills the names in"
+        return self.compare
 
     @property
     def control(self) -> str | None:
         """The method that is confirmed beside it, None where the study runs that one itself."""
-        return methods.CONTROL if self.method != methods.CONTROL else None
+        return methods.CONTROL if not self.compare and self.method != methods.CONTROL else None
 
     @property
     def selection(self) -> str:
@@ -150,22 +166,47 @@ class StudySpec:
     @property
     def defaults(self) -> Point:
         """Trial 0: the published or assumed value of every swept setting."""
-        config = self.config(self.targets[0], 0, {})
-        return {key: config.value(key) for key in self.search.space}
+        return self.defaults_of(self.method)
+
+    def space(self, method: str) -> Space:
+        """Where a method is searched: as the study says, or, where methods are compared, as the method's file does."""
+        if not self.compare:
+            return self.search.space
+        fixed = {**self.base, **self.methods.get(method, {})}
+        swept = [key for key in methods.find(method).searched if key not in fixed]
+        return {key: checked_axis(key, Axis(), method) for key in swept}
+
+    def defaults_of(self, method: str) -> Point:
+        """The value of every setting that is swept of a method, where nothing is changed."""
+        config = self.config(self.targets[0], 0, {METHOD.name: method})
+        return {key: config.value(key) for key in self.space(method)}
 
     @property
     def first_points(self) -> list[Point]:
-        """Points tried before the sampler proposes any: the defaults, then the enqueued ones, then a grid's."""
+        """Points tried before the sampler proposes any: the defaults, then the enqueued ones, then a grid's.
+
+        Where methods are compared, everything is on the list from the start (see `sweeps.list.jobs`): of each method
+        its defaults, then points that name the method alone and leave its settings to the sampler.
+        """
+        if self.compare:
+            return self._points_of_all()
         points = [self.defaults, *({**self.defaults, **point} for point in self.search.enqueue)]
         if self.is_grid:
             points += grid(self.search.space, self.seed)
         unique = [point for index, point in enumerate(points) if point not in points[:index]]
         return unique[: self.search.trials]
 
+    def _points_of_all(self) -> list[Point]:
+        if not self.search.trials:
+            return []
+        defaults = [named_point(method, self.defaults_of(method)) for method in self.entrants]
+        searched = [method for method in self.entrants if self.space(method)]
+        return defaults + [named_point(method, {}) for _ in range(self.search.trials) for method in searched]
+
     @property
     def is_grid(self) -> bool:
         """Whether every configuration is known in advance."""
-        return self.search.sampler == "grid"
+        return self.search.sampler == "grid" or bool(self.compare)
 
     @property
     def num_trials(self) -> int:
@@ -175,8 +216,12 @@ class StudySpec:
     def compared(self, tried: int) -> list[str]:
         """What the confirmation runs on each of its seeds when `tried` configurations are complete.
 
-        baseline (unless it is what the study is of), defaults, and top 1 to top N: the best of the others.
+        baseline (unless it is what the study is of), defaults, and top 1 to top N: the best of the others. Where
+        methods are compared, that of each: "snr defaults", "snr top 1".
         """
+        if self.compare:
+            ranks = [f"top {rank + 1}" for rank in range(min(self.confirm.top, self.search.trials))]
+            return [f"{m} {row}" for m in self.entrants for row in ["defaults", *(ranks if self.space(m) else [])]]
         baseline = ["baseline"] if self.control else []
         return [*baseline, "defaults", *(f"top {rank + 1}" for rank in range(min(self.confirm.top, tried - 1)))]
 
@@ -188,6 +233,21 @@ class StudySpec:
     def confirm_seeds(self) -> range:
         """Seeds of the confirmation: none of them is the search's."""
         return range(self.seed + 1, self.seed + 1 + self.confirm.seeds)
+
+
+def named_point(method: str, point: Point) -> Point:
+    """A point among those of several methods, whose settings may share names: {"method": "snr", "snr/gem_p": 3.0}."""
+    return {METHOD.name: method, **named_settings(method, point)}
+
+
+def named_settings(method: str, settings: Mapping[str, T]) -> dict[str, T]:
+    """Settings of one of several methods, under names of its own."""
+    return {f"{method}/{key}": value for key, value in settings.items()}
+
+
+def unnamed_point(point: Point) -> Point:
+    """The settings that a `named_point` changes, the method among them; other points as they are."""
+    return {key.rpartition("/")[2]: value for key, value in point.items()}
 
 
 _ADAPTER = TypeAdapter(StudySpec)
@@ -220,7 +280,7 @@ def from_flat(content: Mapping[str, Any]) -> StudySpec:
     own = [f.name for f in dataclasses.fields(StudySpec) if f.name != "search"]
     searched = [f.name for f in dataclasses.fields(Search) if f.name not in _BUDGET]
     search = {**{key: content[key] for key in searched}, **content["budget"]}
-    return from_dict({**{key: content[key] for key in own}, "search": search})
+    return from_dict({**{key: content[key] for key in own if key in content}, "search": search})
 
 
 def study_file(study: str) -> Path:
@@ -287,47 +347,81 @@ def resolve(
     seed: int | None = None,
     trials: int | None = None,
     confirm_seeds: int | None = None,
+    compare: Sequence[str] | None = None,
+    compute: Literal["steps", "passes"] | None = None,
 ) -> StudySpec:
     """Apply the command line, fill what was left to defaults, and check every value against lda.config.
 
-    `overrides` are typed settings (lda.config.parse_overrides); one that the study sweeps is fixed instead. Raises
-    UsageError naming the file and the key.
+    `overrides` are typed settings (lda.config.parse_overrides); one that the study sweeps is fixed instead. `compare`
+    picks among the methods of a study that compares them. Raises UsageError naming the file and the key.
     """
     overrides = dict(overrides or {})
     _refuse_study_keys(overrides, "--set ")
     try:
+        spec = _with_entrants(spec, compare, overrides)
         protocol = get_protocol(spec.protocol)
         for target in spec.targets:
             protocol.sources(target)
         _refuse_study_keys(spec.base, "base.")
         base = {**spec.base, **overrides}
-        method = str(base.get(METHOD.name, METHOD.default))
+        run = spec.entrants or (str(base.get(METHOD.name, METHOD.default)),)
         own = {key: value for key, value in base.items() if key not in COMMON and key != METHOD.name}
-        check_keys(own, method)
+        for key in own:
+            if not any(key in known_settings(method) for method in run):
+                check_keys([key], run[0])
         spec = dataclasses.replace(
             spec,
-            search=_search(spec.search, method, overrides, trials),
+            search=_search(spec, run[0], overrides, trials),
             confirm=spec.confirm if confirm_seeds is None else dataclasses.replace(spec.confirm, seeds=confirm_seeds),
+            compute=compute or spec.compute,
             seed=spec.seed if seed is None else seed,
             targets=spec.targets or protocol.targets,
             preset=spec.preset or ("real" if real_data else "standin"),
             base={key: value for key, value in base.items() if key not in own},
-            methods={**spec.methods, method: {**spec.methods.get(method, {}), **own}},
+            methods={**spec.methods, **{method: _with_own(spec, method, own) for method in run}},
         )
         for key in spec.search.space:
-            if key in {**spec.base, **spec.methods[method]}:
+            if key in {**spec.base, **spec.methods[run[0]]}:
                 raise UsageError(f"search.space.{key}: is set for every trial as well; keep one of the two")
         return _checked(spec)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
 
 
-def _search(search: Search, method: str, overrides: Mapping[str, Any], trials: int | None) -> Search:
+def _with_entrants(spec: StudySpec, picked: Sequence[str] | None, overrides: Mapping[str, Any]) -> StudySpec:
+    """The study with the names of the methods it compares, the control first; those that are picked, where any are."""
+    if not spec.compare:
+        if picked is not None:
+            raise UsageError("--methods: this study is of one method; choose it by --set method=NAME")
+        return spec
+    if METHOD.name in (*overrides, *spec.base):
+        raise UsageError("method: this study compares methods; choose among them by --methods A,B")
+    known = methods.names() if spec.compare == "all" else list(spec.compare)
+    for name in (*known, *(picked or ())):
+        methods.find(name)
+        if name not in known:
+            raise UsageError(f"--methods: {unknown('method of this study', name, known)}")
+    chosen = [name for name in known if picked is None or name in picked]
+    return dataclasses.replace(spec, compare=tuple(sorted(chosen, key=lambda name: (name != methods.CONTROL, name))))
+
+
+def _with_own(spec: StudySpec, method: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of its own that a method runs with: the file's for it, and of `own` what it has."""
+    known = known_settings(method)
+    return {**spec.methods.get(method, {}), **{key: value for key, value in own.items() if key in known}}
+
+
+def _search(spec: StudySpec, method: str, overrides: Mapping[str, Any], trials: int | None) -> Search:
     """The search as the command line changes it: what is fixed is not swept, and no space means one trial."""
+    search = spec.search if trials is None else dataclasses.replace(spec.search, trials=trials)
+    if spec.compare:
+        return search
+    if search.trials < 1:
+        raise UsageError(f"search.trials: expected 1 or more, got {search.trials}")
     space = search.space or {key: Axis() for key in methods.find(method).searched}
     space = {key: axis for key, axis in space.items() if key not in overrides}
     enqueue = tuple({k: v for k, v in point.items() if k not in overrides} for point in search.enqueue)
-    return dataclasses.replace(search, space=space, enqueue=enqueue, trials=(trials or search.trials) if space else 1)
+    return dataclasses.replace(search, space=space, enqueue=enqueue, trials=search.trials if space else 1)
 
 
 def _refuse_study_keys(settings: Mapping[str, Any], where: str) -> None:
@@ -341,6 +435,8 @@ def _checked(spec: StudySpec) -> StudySpec:
     if spec.grace_seconds < 3 * spec.heartbeat_seconds:
         raise UsageError(f"grace_seconds: {spec.grace_seconds} is below three heartbeats of {spec.heartbeat_seconds} s")
     spec = _typed(spec)
+    if spec.compare:
+        return _checked_comparison(spec)
     space = {}
     for key, axis in spec.search.space.items():
         try:
@@ -371,16 +467,36 @@ def _checked(spec: StudySpec) -> StudySpec:
     return spec
 
 
+def _checked_comparison(spec: StudySpec) -> StudySpec:
+    search = spec.search
+    if search.space or search.enqueue:
+        key = "space" if search.space else "enqueue"
+        raise UsageError(f"search.{key}: a study that compares methods sweeps what each method's file names")
+    if search.sampler not in ("tpe", "random"):
+        raise UsageError(f"search.sampler: {search.sampler} takes one space for all trials; use tpe or random")
+    if search.trials and search.pruning.rule != "none":
+        raise UsageError("search.pruning.rule: trials of different methods do not compare; set it to none")
+    if not search.trials and not spec.confirm.seeds:
+        raise UsageError("confirm.seeds: with search.trials 0 nothing would run; give one seed or more")
+    for method in spec.entrants:
+        space, defaults = spec.space(method), spec.defaults_of(method)
+        try:
+            checked_point(space, defaults, method)
+        except UsageError as error:
+            raise UsageError(f"{method}: {error} (the default; trial 0 is always the defaults)") from None
+    return spec
+
+
 def _typed(spec: StudySpec) -> StudySpec:
     """The settings in the types of their lines; raises UsageError for one that a method does not have."""
-    values = spec.config(spec.targets[0], spec.seed, {}).to_dict()
+    values = preset(spec.preset or "standin", **spec.base).to_dict()
     own = {}
     for method, given in spec.methods.items():
         for key in given:
             if key in COMMON or key not in known_settings(method):
                 raise UsageError(f"methods.{method}.{key}: {unknown('setting of its own', key, _own_keys(method))}")
-        config = spec.config(spec.targets[0], spec.seed, {METHOD.name: method})
-        own[method] = {key: config.to_dict()[key] for key in given}
+        settings = preset(spec.preset or "standin", **{**spec.base, **given, METHOD.name: method}).to_dict()
+        own[method] = {key: settings[key] for key in given}
     return dataclasses.replace(spec, base={key: values[key] for key in spec.base}, methods=own)
 
 
@@ -403,8 +519,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
 def same_study(spec: StudySpec) -> dict[str, Any]:
     """The part of a spec that must not change while a study lasts: all but titles, budgets, retries, confirmation."""
     plain = to_dict(spec)
-    for key in ("title", "cost", "confirm", "heartbeat_seconds", "grace_seconds"):
+    for key in ("title", "cost", "confirm", "compare", "heartbeat_seconds", "grace_seconds"):
         del plain[key]
+    if spec.compare:  # a method that joins brings its own
+        del plain["methods"]
     for key in ("trials", "hours", "device_hours", "retries", "enqueue"):
         del plain["search"][key]
     plain["base"] = {key: value for key, value in plain["base"].items() if key not in settings_of(Machine)}

@@ -36,11 +36,16 @@ def duration(seconds: float) -> str:
 def status_line(now: Snapshot) -> str:
     """The study's progress in one line."""
     ended = now.complete + now.pruned + now.failed
-    parts = [f"{ended} of {now.budget} trials ({now.pruned} pruned, {now.failed} failed, {now.retried} retried)"]
+    parts = []
+    if now.budget:
+        parts.append(
+            f"{ended} of {now.budget} trials ({now.pruned} pruned, {now.failed} failed, {now.retried} retried)"
+        )
     if now.running:
         parts.append(f"{now.running} running")
     if now.to_confirm:
-        parts.append(f"confirmed {now.confirmed} of {now.to_confirm}")
+        word = "confirmed" if now.budget else "runs"
+        parts.append(f"{word} {now.confirmed} of {now.to_confirm}")
     parts.append(f"{duration(now.elapsed)} so far")
     if now.remaining:
         parts.append(f"about {duration(now.remaining)} to go")
@@ -50,6 +55,8 @@ def status_line(now: Snapshot) -> str:
 
 def standing(now: Snapshot) -> str:
     """The best trial against the defaults."""
+    if now.compared:
+        return f"comparing {', '.join(now.compared)}"
     if now.default is None:
         return "no score of the defaults yet"
     if now.best is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from sweeps.list.jobs import configuration_job
+from sweeps.list.jobs import configuration_job, is_default
 from sweeps.list.ledger import Budget, Configuration, device_seconds, fault
 from sweeps.list.study import best_configurations
 from sweeps.plan.spec import StudySpec
@@ -49,6 +49,7 @@ class Snapshot:
         device_seconds: training time so far.
         best: (trial, score, parameters) of the best complete trial beside the defaults.
         default: score of the defaults.
+        compared: methods of a study that compares them.
     """
 
     study: str
@@ -66,6 +67,7 @@ class Snapshot:
     device_seconds: float
     best: tuple[str, float, str] | None
     default: float | None
+    compared: tuple[str, ...]
     workers: tuple[WorkerRow, ...]
     failures: tuple[str, ...]
     events: tuple[Event, ...]
@@ -83,8 +85,9 @@ def snapshot(
     states = Counter(c.last.state for c in search)
     given_up = [c for c in search + confirm if c.given_up(budget.retries)]
     rows = _workers(spec, folder, search + confirm)
-    defaults = [c for c in search if c.params == spec.defaults]
-    starts = [attempt.datetime_start for c in search for attempt in c.attempts if attempt.datetime_start is not None]
+    defaults = [] if spec.compare else [c for c in search if is_default(spec, c.params)]
+    every = [*search, *(confirm if spec.compare else [])]
+    starts = [attempt.datetime_start for c in every for attempt in c.attempts if attempt.datetime_start is not None]
     return Snapshot(
         study=study,
         title=spec.title,
@@ -101,6 +104,7 @@ def snapshot(
         device_seconds=device_seconds(search + confirm),
         best=_best(spec, search),
         default=defaults[0].last.value if defaults else None,
+        compared=spec.entrants,
         workers=rows,
         failures=tuple(f"{configuration_job(spec, c).title}: {fault(c.last)[1]}" for c in given_up),
         events=tuple(folder.events()[0][-_LAST_EVENTS:]),
@@ -114,6 +118,8 @@ def _planned(budget: Budget, search: list[Configuration]) -> int:
 
 
 def _best(spec: StudySpec, search: list[Configuration]) -> tuple[str, float, str] | None:
+    if spec.compare:
+        return None  # scores of different methods are no contest that a search should win
     for best in best_configurations(spec, search, 1):
         job = configuration_job(spec, best)
         return job.trial, best.last.value or 0.0, job.settings

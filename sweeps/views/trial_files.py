@@ -15,7 +15,7 @@ from lda.files import write_json
 from sweeps.list.jobs import Job, configuration_job
 from sweeps.list.ledger import Configuration, fault
 from sweeps.plan.spec import StudySpec
-from sweeps.study_folder import BASELINE, StudyFolder, unit_name
+from sweeps.study_folder import StudyFolder, is_numbered, unit_name
 
 
 class Mirror:
@@ -35,9 +35,8 @@ class Mirror:
             if configuration.begun:
                 job = configuration_job(self._spec, configuration)
                 self._write(job.trial, self._record(configuration, job) | {"confirm_units": confirmed[job.trial]})
-        baseline = [c for c in confirm if configuration_job(self._spec, c).trial == BASELINE and c.begun]
-        if baseline:
-            self._write(BASELINE, self._baseline(baseline) | {"confirm_units": confirmed[BASELINE]})
+        for trial, jobs in self._never_searched(confirm).items():
+            self._write(trial, self._confirmed_only(jobs) | {"confirm_units": confirmed[trial]})
 
     def _record(self, configuration: Configuration, job: Job) -> dict[str, Any]:
         return {
@@ -52,13 +51,23 @@ class Mirror:
             "units": self._units(job),
         }
 
-    def _baseline(self, jobs: list[Configuration]) -> dict[str, Any]:
-        """The plain baseline is no trial of the search: it has jobs, one a seed, and no number."""
+    def _never_searched(self, confirm: list[Configuration]) -> dict[str, list[Configuration]]:
+        """Trial -> its jobs, one a seed, where it is none of the search: the baseline, or a method whose defaults are
+        compared without a search. Such a trial has no number."""
+        found: dict[str, list[Configuration]] = defaultdict(list)
+        for configuration in confirm:
+            trial = configuration_job(self._spec, configuration).trial
+            if configuration.begun and not is_numbered(trial):
+                found[trial].append(configuration)
+        return found
+
+    def _confirmed_only(self, jobs: list[Configuration]) -> dict[str, Any]:
+        job = configuration_job(self._spec, jobs[0])
         states = {self._state(job) for job in jobs}
         return {
             "number": None,
-            "origin": "baseline",
-            "params": {},
+            "origin": job.origin,
+            "params": {} if job.origin == "baseline" else job.changes,
             "state": next(state for state in ("running", "failed", "complete") if state in states),
             "score": None,
             "reason": next((reason for job in jobs if (reason := self._reason(job))), None),

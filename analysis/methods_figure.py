@@ -1,0 +1,54 @@
+"""The figure of a study that compares methods: mAP of each on every unseen target, beside the plain baseline."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.comparison import AVERAGE, protocol_table
+from analysis.house_style import new_figure, style
+from analysis.study import Study, print_name
+
+_OTHERS = "#0173b2"
+_BASELINE = "#d55e00"
+
+
+def draw_methods(axes: Axes, rows: pd.DataFrame) -> Axes:
+    """One target of `protocol_table`, a line per row from the top: mean over seeds, 95% interval, the baseline's value.
+
+    A method that looked at images of the target has a hollow mark.
+    """
+    for place, (_, row) in enumerate(rows.iterrows()):
+        colour = _BASELINE if row["configuration"] == "baseline" else _OTHERS
+        face = "white" if "True" in row["target_data"] else colour
+        if not np.isnan(row["mAP_low"]):
+            axes.plot([row["mAP_low"], row["mAP_high"]], [place, place], color=colour, linewidth=1.6, zorder=2)
+        shape = "D" if row["configuration"] == "baseline" else "o"
+        axes.plot(row["mAP"], place, shape, color=colour, markerfacecolor=face, markersize=5, zorder=3)
+    for value in rows.loc[rows["configuration"] == "baseline", "mAP"]:
+        axes.axvline(value, color=_BASELINE, linewidth=0.8, linestyle="--", zorder=1)
+    axes.set_yticks(range(len(rows)), rows["label"])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    return axes
+
+
+def methods_figure(study: Study) -> Figure:
+    """A panel per target and one for the average, methods by falling average. Raises UsageError as the table does."""
+    table = protocol_table(study)
+    order = table[table["target"] == AVERAGE].sort_values("mAP", ascending=False, kind="stable")["label"]
+    targets = [*study.targets, AVERAGE]
+    figure, panels = new_figure(1, len(targets), width=2.2 + 1.9 * len(targets), height=1.2 + 0.24 * len(order))
+    with style():
+        for axes, target in zip(panels[0], targets, strict=True):
+            draw_methods(axes, table[table["target"] == target].set_index("label", drop=False).loc[order])
+            axes.set_title("Average" if target == AVERAGE else print_name(target))
+            axes.set_xlabel("mAP, %")
+            if target != targets[0]:
+                axes.tick_params(labelleft=False)
+        seeds = int(table["seeds"].max())
+        interval = ", with 95% bootstrap intervals" if seeds > 1 else ""
+        figure.suptitle(f"Study {study.name} ({study.data} data), mean of {seeds} seed{'s' * (seeds > 1)}{interval}")
+    return figure
