@@ -350,7 +350,7 @@ def test_memory_holds_one_image_of_every_identity_that_was_shown() -> None:
 
 def test_identities_that_were_never_shown_change_nothing() -> None:
     """Neither the loss nor the statistics: a method of more identities agrees with one that has only those seen."""
-    small, large = (qaconv(num_ids=ids) for ids in ((5, 5, 5), (5, 5, 50)))
+    small, large = (qaconv(num_ids=ids, qaconv_shift="zero") for ids in ((5, 5, 5), (5, 5, 50)))
     for step in range(3):
         one, two = (stepped(method, mixed_batch(step), step) for method in (small, large))
         for name, value in one.items():
@@ -382,6 +382,15 @@ def test_versions_follow_their_loss_and_can_be_mixed() -> None:
     assert parts(qaconv_shared_weights="yes", qaconv_neck_norm="none") == (True, False)
     assert qaconv().label == "QAConv"
     assert qaconv(qaconv_loss="triplet", qaconv_sampler="graph").label == "QAConv (triplet loss, graph sampling)"
+
+
+def test_scores_begin_at_the_odds_of_a_positive_in_the_memory() -> None:
+    def shift(**changes: Any) -> float:
+        return qaconv(**changes).matcher.norm_scores.bias.item()
+
+    assert 1 / (1 + np.exp(-shift())) == pytest.approx(1 / 18)  # one of 5 + 7 + 6
+    assert shift(qaconv_shift="zero") == 0.0
+    assert shift(qaconv_loss="pairwise") == 0.0
 
 
 def test_margin_moves_the_triplet_loss() -> None:
@@ -553,7 +562,7 @@ def run(trainer: Trainer, until: int) -> Iterator[tuple[Batch, dict[str, float]]
 @pytest.mark.parametrize(("loss", "steps"), [("memory", 50), ("pairwise", 30)])
 def test_learns_who_is_who(tmp_path: Path, loss: str, steps: int) -> None:
     small = make_task(tmp_path, 2, ids=10)
-    trainer = trainer_of(small, qaconv_loss=loss, qaconv_new_layer_rate=10.0, images_per_id=4, milestones=())
+    trainer = trainer_of(small, qaconv_loss=loss, images_per_id=4, milestones=())
     evaluator = Evaluator(small.validation, trainer.config, CPU)
     assert evaluator(trainer.method).mAP < 0.5
     scalars = [scalars for _, scalars in run(trainer, steps)][-1]
