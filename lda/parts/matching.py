@@ -188,8 +188,8 @@ def hard_score_loss(logits: Tensor, same: Tensor, margin: float) -> Tensor:
 class MapScorer:
     """(4): the `lda.ranking.Scorer` of maps (N, C, h, w) whose positions are of unit length.
 
-    Measured on one thread of a CPU: 2 microseconds a pair at C = 64 and 8 x 4 positions, 65 at C = 128 and 16 x 8, so 17
-    hours for the 9.6e8 pairs of MSMT17: that is for a GPU.
+    Measured on one thread of a CPU: 2 microseconds a pair at C = 64 and 8 x 4 positions, 65 at C = 128 and 16 x 8. The
+    9.6e8 pairs of MSMT17 would take 17 hours: that is for a GPU.
 
     Attributes:
         query_weights, gallery_weights: w_p and w_q of (4), signed and scaled, (r,).
