@@ -60,6 +60,14 @@ class Backbone(nn.Module):
         self.add_module(name, module)
         self._order.insert(self._order.index(stage) + 1, name)
 
+    def cut_after(self, stage: str) -> None:
+        """Drop everything behind a stage: its output is the map from here on."""
+        self.channels = self.stage_channels(stage)
+        kept = self._order.index(stage) + 1
+        for name in self._order[kept:]:
+            delattr(self, name)
+        del self._order[kept:]
+
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, h, w)."""
         x = images
@@ -108,6 +116,13 @@ def forward_shares(backbone: Backbone) -> dict[str, float]:
     copied(torch.empty(1, 3, 256, 128, device="meta"))
     total = sum(counted.values())
     return {part: number / total for part, number in counted.items()}
+
+
+def map_size(backbone: Backbone, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of the map of an image of (height, width) pixels."""
+    copied = copy.deepcopy(backbone).to("meta").eval()  # shapes without numbers
+    height, width = copied(torch.empty(1, 3, *image_size, device="meta")).shape[2:]
+    return height, width
 
 
 def backbone_of(setup: Setup) -> Backbone:
