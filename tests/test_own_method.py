@@ -67,7 +67,7 @@ def test_its_own_setting_is_swept(study: tuple[Path, dict[str, str]]) -> None:
     assert 0.01 <= trials[1]["params"]["norm_weight"] <= 1.0
     result = json.loads((study[0] / "trial-0001" / "market1501-s1" / "result.json").read_text())
     assert (result["method"], result["title"]) == ("small_features", "small features")
-    assert result["cost"] == {"train_passes": 1.0, "test_forwards": 1.0, "test": "vector"}
+    assert result["cost"] == {"train_passes": 1.0, "test_forwards": 1.0, "test": "vector", "pair_cost": None}
 
 
 def test_reading_needs_no_file_of_the_method(study: tuple[Path, dict[str, str]]) -> None:

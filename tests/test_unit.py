@@ -92,7 +92,7 @@ def test_unit_leaves_its_files(finished: Path) -> None:
     assert result["steps"] == 12
     assert 1.0 <= result["effective_rank"] <= 192
     assert (result["title"], result["inference"], result["target_data"]) == ("LDA", "fused", False)
-    assert result["cost"] == {"train_passes": 2, "test_forwards": 4, "test": "vector"}
+    assert result["cost"] == {"train_passes": 2, "test_forwards": 4, "test": "vector", "pair_cost": None}
     assert set(result["content"]["sources"]) == {"msmt17", "cuhk_sysu", "cuhk03"}
     rows = read_metrics(finished / "metrics.jsonl")
     losses = [row for row in rows if "loss/total" in row]
