@@ -97,7 +97,15 @@ class Config:
 
     def setup(self, num_ids: Sequence[int]) -> Setup:
         """What the method is built from; `num_ids`: identities of each source."""
-        return Setup(tuple(num_ids), self.network, self.schedule, self.run.seed, self.machine.activation_checkpointing)
+        return Setup(
+            tuple(num_ids),
+            self.network,
+            self.schedule,
+            self.run.seed,
+            self.machine.activation_checkpointing,
+            (self.batches.image_height, self.batches.image_width),
+            self.batches.ids_per_batch,
+        )
 
     def training_hash(self, sources: Mapping[str, str]) -> str:
         """12 hex digits that name what is learnt. `sources`: source -> content hash of its images, in order."""

@@ -153,6 +153,8 @@ class Setup:
         num_ids: identities of each source domain; their number is K.
         seed: of everything random in the method; draws of a step are a function of (seed, step).
         recompute: the network recomputes its activations in the backward pass.
+        image_size: (height, width) in pixels.
+        ids_per_batch: P, identities of a step.
     """
 
     num_ids: tuple[int, ...]
@@ -160,3 +162,5 @@ class Setup:
     schedule: Schedule
     seed: int
     recompute: bool = False
+    image_size: tuple[int, int] = (256, 128)
+    ids_per_batch: int = 16

@@ -21,7 +21,7 @@ from lda.data.transforms import normalise
 from lda.device import forward_context
 from lda.errors import UsageError
 from lda.groups import Test
-from lda.methods.base import Method, TargetImages
+from lda.methods.base import Method, Side, TargetImages
 from lda.ranking import RankingResult, Scorer, rank_encodings
 
 
@@ -68,29 +68,42 @@ class Evaluator:
         """Evaluate with the method's test settings; leaves it in the mode and with the weights that it had."""
         was_training = method.training
         method.eval()
-        judged = self._adapted(method) if method.looks_at_target else method
-        scorer = judged.scorer()
-        encodings = self._encodings(judged, scorer)
+        scorer = method.scorer()
+        if method.looks_at_target:
+            encodings = self._adapted_encodings(method, scorer)
+        else:
+            encodings = self._encodings(method, scorer, range(len(self._records)))
         method.train(was_training)
         rankings = tuple(self._ranking(split, encodings, scorer) for split in self.splits)
         rank = effective_rank(encodings[self._queries]) if encodings.ndim == 2 else None
         return Evaluation(rankings, rank)
 
-    def _adapted(self, method: Method) -> Method:
-        adapted = copy.deepcopy(method)
-        adapted.adapt(self._unlabelled())
-        return adapted.eval()
+    def _adapted_encodings(self, method: Method, scorer: Scorer) -> Tensor:
+        """The encodings of all images, (N, ...), each by a copy of the method that adapted to its camera and side."""
+        groups, found = self._cameras(), []
+        for (side, _), rows in groups.items():
+            adapted = copy.deepcopy(method)
+            adapted.adapt(self._unlabelled(rows, side))
+            found.append(self._encodings(adapted.eval(), scorer, rows))
+        order = np.argsort([row for rows in groups.values() for row in rows])
+        return torch.cat(found)[torch.from_numpy(order)]
 
-    def _unlabelled(self) -> Iterator[TargetImages]:
+    def _cameras(self) -> dict[tuple[Side, int], list[int]]:
+        """(side, camera) -> positions of its images, in a fixed random order. An image that any split asks for counts
+        as a query. Where the cameras of a data set are unknown, a side is taken for one."""
+        asked, known = set(self._queries), self.splits[0].camera_rule
+        groups: dict[tuple[Side, int], list[int]] = {}
+        for row in np.random.default_rng(0).permutation(len(self._records)).tolist():
+            camera = self._records[row].camid if known else -1
+            groups.setdefault(("query" if row in asked else "gallery", camera), []).append(row)
+        return groups
+
+    def _unlabelled(self, rows: Sequence[int], side: Side) -> Iterator[TargetImages]:
         """What a method may see of the target: no identity is among it."""
-        asked = set(self._queries)
-        sides = {"query": self._queries, "gallery": [row for row in range(len(self._records)) if row not in asked]}
-        for side, rows in sides.items():
-            for start in range(0, len(rows), self._batch):
-                part = rows[start : start + self._batch]
-                images = normalise(self._images.batch(np.array(part)).to(self.device))
-                camids = torch.tensor([self._records[row].camid for row in part])
-                yield TargetImages(images, camids, "query" if side == "query" else "gallery")
+        for start in range(0, len(rows), self._batch):
+            part = rows[start : start + self._batch]
+            images = normalise(self._images.batch(np.array(part)).to(self.device))
+            yield TargetImages(images, torch.tensor([self._records[row].camid for row in part]), side)
 
     def _ranking(self, split: EvaluationSet, encodings: Tensor, scorer: Scorer) -> RankingResult:
         ranking = rank_encodings(
@@ -114,14 +127,13 @@ class Evaluator:
         return ranking
 
     @torch.inference_mode()
-    def _encodings(self, method: Method, scorer: Scorer) -> Tensor:
-        """The encodings of all images, (N, ...)."""
+    def _encodings(self, method: Method, scorer: Scorer, rows: Sequence[int]) -> Tensor:
+        """The encodings of some images, (N, ...)."""
         if self.test.flip_test and not scorer.adds_flip:
             raise UsageError(f"flip_test: encodings of {method.title} cannot be added; set flip_test=false")
         found: list[Tensor] = []
-        for start in range(0, len(self._records), self._batch):
-            rows = np.arange(start, min(start + self._batch, len(self._records)))
-            images = normalise(self._images.batch(rows).to(self.device))
+        for start in range(0, len(rows), self._batch):
+            images = normalise(self._images.batch(np.array(rows[start : start + self._batch])).to(self.device))
             with forward_context(self.device):
                 output = method.encode(images)
                 if self.test.flip_test:

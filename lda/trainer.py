@@ -71,24 +71,35 @@ class Trainer:
             settings,
             self.method.layout,
             config.run.seed,
+            deal=self.method.identities if self.method.layout.dealt == "method" else None,
             augmented=device.type != "cuda",
         )
 
     def loader(self) -> Iterator[Batch]:
-        """The batches still to come."""
+        """The batches still to come; before each the method looks at its sources if it wants to."""
         pin, total = self.device.type == "cuda", self.config.schedule.total_steps
-        return batch_loader(self.batches, self.step, total, self.config.machine.loader_workers, pin)
+        # What the method deals depends on its weights: such a batch is made here, and not ahead of its step.
+        workers = 0 if self.method.layout.dealt == "method" else self.config.machine.loader_workers
+        batches = batch_loader(self.batches, self.step, total, workers, pin)
+        for step in range(self.step, total):
+            if self.method.looks_at_sources(step):
+                self.prepare()
+            yield next(batches)
 
     def prepare(self) -> None:
-        """Let the method look at all source images, as it may once before step 0."""
+        """Let the method look at all source images."""
         clean = CleanImages(self.task.sources, self.packed, self.config.machine.evaluation_batch)
         with forward_context(self.device):
             self.method.prepare(self._placed(batch) for batch in clean)
         self.method.train()
 
     def _placed(self, batch: Batch) -> Batch:
-        images = batch.images.to(self.device, non_blocking=True)
-        return batch._replace(images=images, labels=batch.labels.to(self.device))
+        return batch._replace(
+            images=batch.images.to(self.device, non_blocking=True),
+            labels=batch.labels.to(self.device),
+            second=None if batch.second is None else batch.second.to(self.device, non_blocking=True),
+            extra=None if batch.extra is None else self._placed(batch.extra),
+        )
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One step. Returns its scalars; raises TrainingError when one is not finite."""
@@ -107,8 +118,6 @@ class Trainer:
     def _shown(self, batch: Batch) -> Batch:
         """The batch on the device, augmented."""
         placed = self._placed(batch)
-        if batch.second is not None:
-            placed = placed._replace(second=batch.second.to(self.device, non_blocking=True))
         return placed if self.batches.augmented else self.batches.augment(placed, self.step)
 
     def check_weights(self) -> None:

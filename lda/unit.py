@@ -216,11 +216,8 @@ class _Unit:
 
     def _fit(self) -> None:
         schedule, machine, trainer = self.config.schedule, self.config.machine, self.trainer
-        if trainer.step == 0:
-            trainer.prepare()
-        batches = trainer.loader()
         images, seconds, began = 0, 0.0, time.monotonic()
-        for batch in batches:
+        for batch in trainer.loader():
             scalars = trainer.train_step(batch)
             seconds += time.monotonic() - began  # waiting for the batch and the step; not validation and checkpoints
             images += len(batch.labels)

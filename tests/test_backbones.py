@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 
 from lda.errors import UsageError
 from lda.methods.baseline import use_instance_norm
 from lda.methods.lda import AntiNormalised, BufferBankNorm2d, Expert, MeanExpert, Route, add_buffer_banks, named_banks
-from lda.parts.backbones import Backbone, build_backbone
+from lda.parts.backbones import Backbone, build_backbone, forward_shares
 from lda.parts.heads import Head, gem
 from lda.parts.routes import Switch
 
@@ -26,6 +27,18 @@ def converted(name: str = "small", recompute: bool = False) -> tuple[Backbone, S
     torch.manual_seed(0)
     backbone = build_backbone(name, recompute=recompute)
     return backbone, add_buffer_banks(backbone, num_domains=3, momentum=0.9)
+
+
+def test_shares_of_the_forward_pass_are_those_of_torchs_counter() -> None:
+    backbone = build_backbone("resnet18")
+    shares = forward_shares(backbone)
+    assert list(shares) == ["conv1", "layer1", "layer2", "layer3", "layer4"]
+    assert sum(shares.values()) == pytest.approx(1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone.eval()(torch.zeros(1, 3, 256, 128))
+    counted = {key.removeprefix("Backbone."): sum(value.values()) for key, value in counter.flop_counts.items()}
+    for part, share in shares.items():
+        assert share == pytest.approx(counted[part] / counted["Global"]), part
 
 
 @pytest.mark.parametrize(

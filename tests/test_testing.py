@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -109,13 +110,13 @@ def test_flip_test_makes_mirror_images_equal(splits: list[EvaluationSet]) -> Non
     evaluator = Evaluator(splits, config, CPU)
     method.eval()
     scorer = method.scorer()
-    features = evaluator._encodings(method, scorer)
-    plain = Evaluator(splits, config.replace(flip_test=False), CPU)._encodings(method, scorer)
+    features = evaluator._encodings(method, scorer, range(12))
+    plain = Evaluator(splits, config.replace(flip_test=False), CPU)._encodings(method, scorer, range(12))
     torch.testing.assert_close(features, 2 * plain, rtol=1e-3, atol=1e-4)  # one-coloured images mirror to themselves
 
 
 class Adapting(Method):
-    """Adds up what it is shown of the target, and encodes by it."""
+    """Adds up what it is shown of one camera of the target, and encodes by it."""
 
     title = "adapting"
     reference = "this test"
@@ -123,33 +124,77 @@ class Adapting(Method):
     def __init__(self, settings: Any, setup: Setup) -> None:
         super().__init__(settings, setup)
         self.register_buffer("shown", torch.zeros(3))
-        self.sides: list[tuple[str, int]] = []
+        self.seen: list[tuple[str, list[int]]] = []
 
     @property
     def looks_at_target(self) -> bool:
         return True
 
     def adapt(self, target: Iterable[TargetImages]) -> None:
+        assert not self.training
         for images, camids, side in target:
             assert len(images) == len(camids)
             self.shown += images.mean((0, 2, 3))
-            self.sides.append((side, len(images)))
+            self.seen.append((side, camids.tolist()))
+        SEEN.append(self.seen)
 
     def encode(self, images: Tensor) -> Tensor:
         return images.mean((2, 3)) + self.shown
 
 
-def test_a_method_that_looks_at_the_target_does_so_on_a_copy(splits: list[EvaluationSet]) -> None:
-    """Every image once, queries first; what it learns there does not stay."""
+SEEN: list[list[tuple[str, list[int]]]] = []
+
+
+@pytest.mark.parametrize("cameras", [True, False])
+def test_a_method_that_looks_at_the_target_does_so_on_a_copy_per_camera(
+    splits: list[EvaluationSet], cameras: bool
+) -> None:
+    """Camera by camera and side by side, each from the trained method; what it learns there does not stay."""
     config = preset("standin", threads=1)
+    splits = [
+        dataclasses.replace(
+            split,
+            gallery=(*split.gallery, dataclasses.replace(split.gallery[0], path=split.query[0].path, camid=2)),
+            single_shot=False,
+            camera_rule=cameras,
+        )
+        for split in splits[:1]
+    ]
+    splits[0] = dataclasses.replace(splits[0], query=splits[0].query[1:])
     method = Adapting(Settings(), config.setup([4]))
     evaluator = Evaluator(splits, config, CPU)
+    SEEN.clear()
     first, second = evaluator(method), evaluator(method)
     assert first.rankings == second.rankings
     assert torch.equal(method.shown, torch.zeros(3))
-    assert method.sides == []
-    adapted = evaluator._adapted(method)
-    assert adapted.sides == [("query", 6), ("gallery", 6)]
+    assert method.seen == []
+    half = SEEN[: len(SEEN) // 2]
+    assert half == SEEN[len(SEEN) // 2 :]
+    groups = sorted((side, sorted(camids)) for group in half for side, camids in group)
+    if cameras:
+        assert groups == [("gallery", [1] * 6), ("gallery", [2]), ("query", [0, 0])]
+    else:
+        assert groups == [("gallery", [1] * 6 + [2]), ("query", [0, 0])]
+    for record, encoding in zip(
+        evaluator._records, evaluator._adapted_encodings(method.eval(), method.scorer()), strict=True
+    ):
+        group = [
+            r
+            for r in evaluator._records
+            if (r in splits[0].query) == (record in splits[0].query) and (r.camid == record.camid or not cameras)
+        ]
+        alone = Evaluator([dataclasses.replace(splits[0], query=tuple(group), gallery=())], config, CPU)
+        plain = alone._encodings(Plain(Settings(), config.setup([4])), method.scorer(), range(len(group)))
+        expected = plain[[r.path for r in alone._records].index(record.path)] + plain.mean(0)
+        torch.testing.assert_close(encoding, expected, rtol=1e-4, atol=1e-5)
+
+
+class Plain(Adapting):
+    """Encodes and adds nothing."""
+
+    @property
+    def looks_at_target(self) -> bool:
+        return False
 
 
 class Matching(Method):

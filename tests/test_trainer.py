@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tasks import make_task
@@ -34,7 +36,7 @@ class TwoParts(Method):
     title = "two parts"
     reference = "this test"
     Settings = Nothing
-    layout = Layout(views=2)
+    LAYOUT = Layout(views=2)
 
     def __init__(self, settings: Any, setup: Setup) -> None:
         super().__init__(settings, setup)
@@ -43,6 +45,10 @@ class TwoParts(Method):
         self.frozen = nn.Parameter(torch.ones(1))
         self.seen: list[Batch] = []
         self.prepared = 0
+
+    @property
+    def layout(self) -> Layout:
+        return self.LAYOUT
 
     def parameter_groups(self) -> dict[str, ParameterGroup]:
         return {
@@ -76,7 +82,8 @@ def trainer_of(task: Task, monkeypatch: pytest.MonkeyPatch, behave: Any, **chang
     monkeypatch.setattr(methods, "build", build)
     settings = {"image_height": 32, "image_width": 16, "ids_per_batch": 4, "images_per_id": 2, "warmup_epochs": 0}
     trainer = Trainer(preset("standin", threads=1, **{**settings, **changes}), task, CPU)
-    trainer.method.behave = behave.__get__(trainer.method)
+    if behave is not None:
+        trainer.method.behave = behave.__get__(trainer.method)
     return trainer
 
 
@@ -181,6 +188,71 @@ def test_a_layout_of_two_views_shows_two_augmentations(task: Task, monkeypatch: 
         assert torch.equal(ours.second, theirs.second)
         assert not torch.equal(ours.images, ours.second)
     assert deferred.batches[0].images.dtype == torch.uint8
+
+
+def test_a_second_view_may_be_strong(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first view is what it was; of probability 0 nothing is left but flip and crop."""
+    plain = trainer_of(task, monkeypatch, None).batches[3]
+    monkeypatch.setattr(TwoParts, "LAYOUT", Layout(views=2, strong=1.0))
+    strong = trainer_of(task, monkeypatch, None).batches[3]
+    assert torch.equal(plain.images, strong.images)
+    assert (strong.second - plain.second).abs().mean() > 0.1
+    again = trainer_of(task, monkeypatch, None).batches[3]
+    assert torch.equal(strong.second, again.second)
+
+
+def test_a_layout_of_two_batches_adds_other_images(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step t shows batches 2t and 2t + 1 of the sequence that one batch a step shows one by one."""
+
+    def behave(self: TwoParts, batch: Batch, step: int, update: Update) -> Losses:
+        losses = {"loss/total": self.features(batch.images).mean()}
+        update(losses)
+        return losses
+
+    monkeypatch.setattr(TwoParts, "LAYOUT", Layout())
+    single = trainer_of(task, monkeypatch, behave)
+    monkeypatch.setattr(TwoParts, "LAYOUT", Layout(batches=2))
+    double, deferred = (trainer_of(task, monkeypatch, behave) for _ in range(2))
+    deferred.batches.augmented = False
+    for step in range(3):
+        for trainer in (double, deferred):
+            trainer.train_step(trainer.batches[step])
+            shown = trainer.method.seen[step]
+            for batch, number in ((shown, 2 * step), (shown.extra, 2 * step + 1)):
+                expected = single.batches[number]
+                assert torch.equal(batch.images, expected.images)
+                assert torch.equal(batch.labels, expected.labels)
+                assert torch.equal(batch.domains, expected.domains)
+            assert shown.extra.extra is None
+
+
+def test_a_method_may_deal_identities_and_look_at_sources_again(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its look comes before the batch is made, every time it asks for one, on resume too."""
+    order: list[str] = []
+
+    def identities(self: TwoParts, step: int) -> list[tuple[int, Any]]:
+        order.append(f"deal {step}")
+        return [(step % 2, np.array([step, step + 1]))]
+
+    def behave(self: TwoParts, batch: Batch, step: int, update: Update) -> Losses:
+        order.append(f"step {step}")
+        assert batch.labels.tolist() == [step, step, step + 1, step + 1]
+        assert set(batch.domains.tolist()) == {step % 2}
+        losses = {"loss/total": self.features(batch.images).mean()}
+        update(losses)
+        return losses
+
+    monkeypatch.setattr(TwoParts, "LAYOUT", Layout(dealt="method"))
+    monkeypatch.setattr(TwoParts, "identities", identities)
+    monkeypatch.setattr(TwoParts, "looks_at_sources", lambda self, step: step % 2 == 0)
+    monkeypatch.setattr(TwoParts, "prepare", lambda self, sources: order.append("look"))
+    trainer = trainer_of(task, monkeypatch, behave, loader_workers=2)
+    for batch in itertools.islice(trainer.loader(), 3):
+        trainer.train_step(batch)
+    assert order == ["look", "deal 0", "step 0", "deal 1", "step 1", "look", "deal 2", "step 2"]
+    order.clear()
+    trainer.train_step(next(trainer.loader()))
+    assert order == ["deal 3", "step 3"]
 
 
 def test_prepare_sees_every_source_image_once(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:

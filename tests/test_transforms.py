@@ -17,6 +17,7 @@ from lda.data.transforms import (
     MEAN,
     STD,
     Augment,
+    StrongAugment,
     auto_augmented,
     jittered,
     normalise,
@@ -174,3 +175,26 @@ def test_auto_augment_as_often_as_asked() -> None:
     output = augment(images, _generator())
     changed = (output != normalise(images[:1])).flatten(1).any(1).float().mean()
     assert 0.05 < changed < 0.125  # 10 % are chosen, some of them come out unchanged
+
+
+def test_the_strong_view_changes_images_as_often_as_it_says() -> None:
+    """Of probability 0: flip and crop alone, as the usual view without colours. Of 1: every part, on every image."""
+    images = _images(64, 24, 12)
+    settings = BatchSettings(pad=2, jitter_probability=0, auto_augment_probability=0)
+    none = StrongAugment(settings, 0.0)(images, _generator(5))
+    corners = [(row, column, flip) for row in range(5) for column in range(5) for flip in (False, True)]
+    windows = {
+        tuple(shifted(images[:1], 2, *(torch.tensor([value]) for value in corner)).flatten().tolist())
+        for corner in corners
+    }
+    assert tuple(_colours(none)[0].round().to(torch.uint8).flatten().tolist()) in windows
+    always = StrongAugment(settings, 1.0)(images, _generator(5))
+    erased = (always == 0).all(1)  # ImageNet's mean colour
+    assert bool(erased.flatten(1).any(1).all())
+    share = erased.float().mean((1, 2))
+    assert 0.01 < share.min() < share.max() < 0.6
+    half = StrongAugment(settings, 0.5)(images, _generator(5))
+    assert 0.25 < (half == 0).all(1).flatten(1).any(1).float().mean() < 0.75
+    state = torch.get_rng_state()
+    assert torch.equal(always, StrongAugment(settings, 1.0)(images, _generator(5)))
+    assert torch.equal(state, torch.get_rng_state())

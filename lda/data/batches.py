@@ -7,7 +7,7 @@ that goes on from any step, see the same batches. Which identities a step shows:
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from lda.data.options import BatchSettings
 from lda.data.packed import PackedImages
 from lda.data.processes import follow_parent
 from lda.data.sources import SourceDomain
-from lda.data.transforms import Augment, normalise
+from lda.data.transforms import Augment, StrongAugment, normalise
 
 _Ints = NDArray[np.int64]
 
@@ -39,6 +39,7 @@ class IdentityBatches(Dataset[Batch]):
             others or once more.
         layout: which images a step shows.
         seed: of everything random here.
+        deal: step -> its identities, where the method chooses them; None: by the layout.
         augmented: False leaves the images as uint8 and `second` None, for a caller that takes `augment` where the
             images are then.
 
@@ -54,18 +55,27 @@ class IdentityBatches(Dataset[Batch]):
         layout: Layout,
         seed: int,
         *,
+        deal: Callable[[int], Dealt] | None = None,
         augmented: bool = True,
     ) -> None:
         self.packed = tuple(packed)
         self.settings, self.layout, self.seed, self.augmented = settings, layout, seed, augmented
-        self._deal = dealer(layout, sources, settings.ids_per_batch, seed)
+        self._deal = deal or dealer(layout, sources, settings.ids_per_batch, seed)
         self._members = [_Members(source) for source in sources]
-        self._augment = Augment(settings)
+        second = Augment(settings) if layout.strong is None else StrongAugment(settings, layout.strong)
+        self._augments = (Augment(settings), second)[: layout.views]
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
-        chosen = self.identities(step)
-        random = self._random(_IMAGES, step)
+        number = step * self.layout.batches
+        batch = self._drawn(number)
+        if self.layout.batches == 2:
+            batch = batch._replace(extra=self._drawn(number + 1))
+        return self.augment(batch, step) if self.augmented else batch
+
+    def _drawn(self, number: int) -> Batch:
+        chosen = self.identities(number)
+        random = self._random(_IMAGES, number)
         count = self.settings.images_per_id
         images, labels, domains = [], [], []
         for domain, identities in chosen:
@@ -75,24 +85,31 @@ class IdentityBatches(Dataset[Batch]):
             labels.append(np.repeat(identities, count))
             domains.append(np.full(len(rows), domain, np.int64))
         pixels = images[0] if len(images) == 1 else torch.cat(images)
-        batch = Batch(pixels, torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(domains)))
-        return self.augment(batch, step) if self.augmented else batch
+        return Batch(pixels, torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(domains)))
 
-    def identities(self, step: int) -> Dealt:
-        """The identities of a step: (domain, their labels) for every domain in it."""
-        if step < 0:
-            raise IndexError(f"step {step}: expected 0 or more")
-        return self._deal(step)
+    def identities(self, number: int) -> Dealt:
+        """The identities of a batch: (domain, their labels) for every domain in it.
+
+        `number`: the step; with two batches a step, step t has the numbers 2t and 2t + 1.
+        """
+        if number < 0:
+            raise IndexError(f"step {number}: expected 0 or more")
+        return self._deal(number)
 
     def augment(self, batch: Batch, step: int) -> Batch:
         """A step's uint8 images augmented, once for every view of the layout, on the device that they are on."""
-        views = [self._augment(batch.images, self.generator(step, view)) for view in range(self.layout.views)]
+        number = step * self.layout.batches
+        extra = None if batch.extra is None else self._augmented(batch.extra, number + 1)
+        return self._augmented(batch, number)._replace(extra=extra)
+
+    def _augmented(self, batch: Batch, number: int) -> Batch:
+        views = [view(batch.images, self.generator(number, place)) for place, view in enumerate(self._augments)]
         return batch._replace(images=views[0], second=views[1] if len(views) == 2 else None)
 
-    def generator(self, step: int, view: int = 0) -> Generator:
-        """The generator of a step's augmentation, in its first state; `view`: 0, or 1 for `Batch.second`."""
+    def generator(self, number: int, view: int = 0) -> Generator:
+        """The generator of a batch's augmentation, in its first state; `view`: 0, or 1 for `Batch.second`."""
         purpose = (_AUGMENTATION, _SECOND_VIEW)[view]
-        return Generator().manual_seed(int(self._random(purpose, step).integers(2**63)))
+        return Generator().manual_seed(int(self._random(purpose, number).integers(2**63)))
 
     def _random(self, purpose: int, number: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, number, purpose])
@@ -161,6 +178,7 @@ def batch_loader(
         pin_memory=pin_memory,
         multiprocessing_context=context if workers else None,
         worker_init_fn=_start_worker,
+        generator=Generator(),  # it draws a number that nothing here uses: not from the global one
     )
     return iter(loader)
 

@@ -82,6 +82,37 @@ class Augment:
         )
 
 
+@dataclass(frozen=True)
+class StrongAugment:
+    """The strong view of BAU (Cho et al., NeurIPS 2024; yoonkicho/BAU 70e1a50, examples/train_bau.py).
+
+    RandAugment (2 operations of strength 10 of 30), flip, pad and crop, colour jitter (brightness, contrast and
+    saturation times 0.5 to 2, hue shifted by up to 0.1), normalise, and random erasing (2 to 40 % of the image,
+    replaced by ImageNet's mean colour). RandAugment, jitter and erasing happen to an image with `probability` each;
+    flip and crop as in `Augment`. RandAugment is torchvision's: 14 operations, where the release has its own list of
+    16 (it adds inversion and colour noise of its own making).
+    """
+
+    settings: BatchSettings
+    probability: float
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        """uint8 (B, 3, H, W) -> float32 (B, 3, H, W), augmented and normalised; `images` stays as it is."""
+        count, pad = len(images), self.settings.pad
+
+        def seeds() -> list[int | None]:
+            """A seed for each image that something happens to."""
+            happens = torch.rand(count, generator=generator) < self.probability
+            drawn = torch.randint(2**62, (count,), generator=generator)
+            return [seed if chosen else None for chosen, seed in zip(happens.tolist(), drawn.tolist(), strict=True)]
+
+        rows, columns = (torch.randint(2 * pad + 1, (count,), generator=generator) for _ in range(2))
+        flip = torch.rand(count, generator=generator) < self.settings.flip_probability
+        images = _changed(images, seeds(), _strong_augment())
+        images = _changed(shifted(images, pad, rows, columns, flip), seeds(), _strong_jitter())
+        return _changed(_standardised(images.float()), seeds(), _erasing())
+
+
 class _Draws(NamedTuple):
     """What happens to each image of a batch; every entry (B,)."""
 
@@ -137,13 +168,43 @@ def auto_augmented(images: Tensor, chosen: Tensor, seeds: Tensor) -> Tensor:
     """AutoAugment on the `chosen` (B,) images, each under its own seed; the global random state stays as it is."""
     if not chosen.any():
         return images
-    policy = _auto_augment()
+    own = [seed if happens else None for happens, seed in zip(chosen.tolist(), seeds.tolist(), strict=True)]
+    return _changed(images, own, _auto_augment())
+
+
+def _changed(images: Tensor, seeds: list[int | None], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A copy with every image changed that has a seed, under that seed."""
     images = images.clone()
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-        for index in chosen.nonzero()[:, 0].tolist():
-            torch.manual_seed(int(seeds[index]))
-            images[index] = policy(images[index])
+        for index, seed in enumerate(seeds):
+            if seed is not None:
+                torch.manual_seed(seed)
+                images[index] = change(images[index])
     return images
+
+
+@cache
+def _strong_augment() -> Callable[[Tensor], Tensor]:
+    from torchvision.transforms import v2
+
+    change: Callable[[Tensor], Tensor] = v2.RandAugment(num_ops=2, magnitude=10, num_magnitude_bins=31, fill=128)
+    return change
+
+
+@cache
+def _strong_jitter() -> Callable[[Tensor], Tensor]:
+    from torchvision.transforms import v2
+
+    change: Callable[[Tensor], Tensor] = v2.ColorJitter((0.5, 2.0), (0.5, 2.0), (0.5, 2.0), 0.1)
+    return change
+
+
+@cache
+def _erasing() -> Callable[[Tensor], Tensor]:
+    from torchvision.transforms import v2
+
+    change: Callable[[Tensor], Tensor] = v2.RandomErasing(p=1.0, scale=(0.02, 0.4), ratio=(0.3, 3.33), value=0)
+    return change
 
 
 @cache

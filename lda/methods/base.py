@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lda.batch import Batch, Layout
@@ -55,10 +57,13 @@ class ParameterGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """What an image costs, in passes through the plain network; a forward pass alone is a third of a training pass.
+    """What an image costs, in passes through the plain network, by the multiply-adds of its convolutions.
+
+    A training pass is one forward and two backward: to the activations and to the weights. So a forward pass alone is a
+    third of it, and one that is differentiated with respect to activations only two thirds.
 
     Attributes:
-        train_passes: forward and backward passes per training image and step, on average.
+        train_passes: training passes per image of `Batch.images` and step, on average over the steps.
         test_forwards: forward passes per test image.
         test: how two images are compared: "vector" by cosine, or "pairs" by a matcher on both encodings.
     """
@@ -68,13 +73,16 @@ class Cost:
     test: Literal["vector", "pairs"] = "vector"
 
 
+Side = Literal["query", "gallery"]
+
+
 class TargetImages(NamedTuple):
     """Unlabelled images of the target, as `adapt` sees them: normalised images (B, 3, H, W), their camera ids (B,),
     and the side they are on."""
 
     images: Tensor
     camids: Tensor
-    side: Literal["query", "gallery"]
+    side: Side
 
 
 class Method(nn.Module):
@@ -99,9 +107,6 @@ class Method(nn.Module):
     searched: ClassVar[tuple[str, ...]] = ()
     """The settings that a study sweeps unless its file names others; their ranges stand on their lines."""
 
-    layout: ClassVar[Layout] = Layout()
-    """Which images a step shows."""
-
     min_domains: ClassVar[int] = 1
     """The fewest sources it can train on."""
 
@@ -124,6 +129,11 @@ class Method(nn.Module):
         return len(self.setup.num_ids)
 
     @property
+    def layout(self) -> Layout:
+        """Which images a step shows."""
+        return Layout()
+
+    @property
     def label(self) -> str:
         """Name in print with these settings."""
         return self.title
@@ -144,8 +154,18 @@ class Method(nn.Module):
         """Name -> what is trained. A parameter that is in no group is frozen."""
         return {"main": ParameterGroup([p for p in self.parameters() if p.requires_grad])}
 
+    def looks_at_sources(self, step: int) -> bool:
+        """Whether `prepare` is called before this step; a run that goes on from a checkpoint asks from there on."""
+        return step == 0
+
     def prepare(self, sources: Iterable[Batch]) -> None:
-        """Look at every source image once, not augmented, in a fixed order: before step 0, never on resume."""
+        """Look at every source image once, not augmented, in a fixed order. Called in training mode, which it leaves
+        on; a gradient is for it to turn off."""
+
+    def identities(self, step: int) -> list[tuple[int, NDArray[np.int64]]]:
+        """The P identities of a step, (domain, labels within it) for every domain: for a layout that the method
+        deals. A function of the method's state, and asked after `prepare`, before the step's batch is made."""
+        raise NotImplementedError(f"{type(self).__name__} says that it deals identities, and has no identities")
 
     def train_step(self, batch: Batch, step: int, update: Update) -> Losses:
         """One step: scalars to log. `update` is called at least once; the default minimises `training_losses`."""
@@ -177,7 +197,12 @@ class Method(nn.Module):
         return False
 
     def adapt(self, target: Iterable[TargetImages]) -> None:
-        """Change the network by unlabelled images of the target; only called where `looks_at_target` says so."""
+        """Change the network by unlabelled images of the target; only called where `looks_at_target` says so.
+
+        Called for every camera of every side, in evaluation mode, on a copy of the trained method, which encodes the
+        images of this camera and side afterwards. `target`: these images, in batches and a fixed random order; take as
+        many as you want.
+        """
         raise NotImplementedError(f"{type(self).__name__} says that it looks at the target, and has no adapt")
 
     # --- what is left ------------------------------------------------------------------------------------------------

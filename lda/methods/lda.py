@@ -285,7 +285,6 @@ class LDA(Method):
     title = "LDA"
     reference = "Nie, Ding, He, Zhou: Latent Distribution Alignment (poster)"
     searched = ("consistency_weight", "alignment_weight", "bank_momentum")
-    layout = Layout(domains="one")
     Settings = LDASettings
     settings: LDASettings
 
@@ -311,6 +310,10 @@ class LDA(Method):
         self.head_a = Head(self.backbone.channels, groups) if separate else self.head_e
         self.output_bank = BufferBank(self.num_domains, self.backbone.channels, settings.bank_momentum)
         self.offsets = label_offsets(setup.num_ids).tolist() if joint else [0] * self.num_domains
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(domains="one")
 
     @property
     def inference(self) -> str:

@@ -213,7 +213,6 @@ class ReNorm(Method):
         "ECCV 2024"
     )
     searched = ("renorm_mix", "renorm_margin_second", "bank_momentum")
-    layout = Layout(domains="one")
     min_domains = 2
     Settings = ReNormSettings
     settings: ReNormSettings
@@ -224,6 +223,10 @@ class ReNorm(Method):
         self.switch = use_renorm(self.backbone, self.num_domains, settings)
         self.head_rn = _shifting(Head(self.backbone.channels, setup.num_ids))
         self.head_en = _shifting(Head(self.backbone.channels, setup.num_ids))
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(domains="one")
 
     @property
     def inference(self) -> str:

@@ -5,6 +5,7 @@ Shapes: images (B, 3, H, W) -> map (B, C, h, w) after the last ReLU.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -93,6 +94,29 @@ class Backbone(nn.Module):
 
         result: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), second_time()))
         return result
+
+
+def forward_shares(backbone: Backbone) -> dict[str, float]:
+    """Name of every stage and of the stem's convolution -> its share of the multiply-adds of all convolutions.
+
+    They sum to 1; of images twice as high as wide, the field's format. What was inserted between stages is left out.
+    """
+    counted: dict[str, int] = {}
+
+    def count(part: str) -> Callable[[nn.Conv2d, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            counted[part] = counted.get(part, 0) + output[0].numel() * module.weight[0].numel()
+
+        return hook
+
+    copied = copy.deepcopy(backbone).to("meta").eval()  # shapes without numbers
+    for name, module in copied.named_modules():
+        part = name.split(".")[0]
+        if isinstance(module, nn.Conv2d) and part in ("conv1", *copied.stages):
+            module.register_forward_hook(count(part))
+    copied(torch.empty(1, 3, 256, 128, device="meta"))
+    total = sum(counted.values())
+    return {part: number / total for part, number in counted.items()}
 
 
 def backbone_of(setup: Setup) -> Backbone:
