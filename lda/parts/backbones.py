@@ -6,7 +6,7 @@ Shapes: images (B, 3, H, W) -> map (B, C, h, w) after the last ReLU.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,15 +70,24 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, h, w)."""
-        x = images
+        return self.walk(images, self.steps())
+
+    def steps(self) -> list[tuple[str, nn.Module]]:
+        """What a pass goes through, first to last: (name of a block, such as layer3.0, or of any other part, it)."""
+        steps: list[tuple[str, nn.Module]] = []
         for name in self._order:
             part = self.get_submodule(name)
-            if self.recompute and self.training and name.startswith("layer"):
-                assert isinstance(part, nn.Sequential), "a stage is a sequence of blocks"
-                for block in part:
-                    x = self._recomputed(block, x)
+            if name.startswith("layer"):
+                steps += [(f"{name}.{number}", block) for number, block in part.named_children()]
             else:
-                x = part(x)
+                steps.append((name, part))
+        return steps
+
+    def walk(self, x: Tensor, steps: Iterable[tuple[str, nn.Module]]) -> Tensor:
+        """Pass x through some of `steps`, or copies of them under these names; blocks are recomputed as in any pass."""
+        for name, step in steps:
+            again = self.recompute and self.training and name.startswith("layer")
+            x = self._recomputed(step, x) if again else step(x)
         return x
 
     def _recomputed(self, block: nn.Module, x: Tensor) -> Tensor:

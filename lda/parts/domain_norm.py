@@ -7,7 +7,7 @@ Shapes: X (N, C, H, W) of N images; K domains; set k holds mean_k, var_k, gamma_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,14 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lda.parts.backbones import Backbone, convert_norm
+from lda.parts.instance_sites import need_a_map
 from lda.parts.routes import Switch
 
 
 @dataclass(frozen=True)
 class OneSet:
-    """All images take set `domain`."""
+    """All images take set `domain`; K is the set beside those of the domains, where there is one.
+
+    running: normalise by the set's running statistics in training too, and write nothing.
+    """
 
     domain: int
+    running: bool = False
 
 
 class Rows(NamedTuple):
@@ -74,15 +79,21 @@ class DomainBatchNorm2d(nn.Module):
     Args:
         like: layer whose gamma, beta and running statistics every set begins with.
         shared_affine: one gamma and beta for all sets.
+        one_beside: a set K that is no domain's, for a branch that shares the convolutions before the layer.
     """
 
     def __init__(
-        self, like: nn.BatchNorm2d, num_domains: int, switch: Switch[DomainRoute], shared_affine: bool = False
+        self,
+        like: nn.BatchNorm2d,
+        num_domains: int,
+        switch: Switch[DomainRoute],
+        shared_affine: bool = False,
+        one_beside: bool = False,
     ) -> None:
         super().__init__()
         self.switch, self.num_domains, self.eps = switch, num_domains, like.eps
         self.sets = nn.ModuleList()
-        for domain in range(num_domains):
+        for domain in range(num_domains + one_beside):
             norm = nn.BatchNorm2d(like.num_features, eps=like.eps, momentum=like.momentum)
             norm.load_state_dict(like.state_dict())
             if shared_affine and domain > 0:
@@ -98,8 +109,13 @@ class DomainBatchNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W). Raises RuntimeError outside `with switch.on(route)`."""
         match self.switch.route:
-            case OneSet(domain):
-                normalised: Tensor = self.sets[domain](x)
+            case OneSet(domain, running):
+                norm = self.norm(domain)
+                if running:
+                    return F.batch_norm(
+                        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=self.eps
+                    )
+                normalised: Tensor = norm(x)
                 return normalised
             case RowWise() as route:
                 return self._by_row(x, route.rows(x.device))
@@ -127,23 +143,32 @@ def _known(statistics: Tensor | None) -> Tensor:
     return statistics
 
 
-def use_domain_norm(backbone: Backbone, num_domains: int, shared_affine: bool = False) -> Switch[DomainRoute]:
-    """Turn a plain backbone into one with K sets at every normalisation layer. Returns the switch that chooses."""
+def use_domain_norm(
+    backbone: Backbone, num_domains: int, shared_affine: bool = False, one_beside: Iterable[nn.Module] = ()
+) -> Switch[DomainRoute]:
+    """Turn a plain backbone into one with K sets at every normalisation layer. Returns the switch that chooses.
+
+    one_beside: parts of the backbone whose layers have a set K too.
+    """
     switch: Switch[DomainRoute] = Switch()
-    convert_norm(backbone, lambda old: DomainBatchNorm2d(old, num_domains, switch, shared_affine))
+    beside = {module for part in one_beside for module in part.modules()}
+    convert_norm(
+        backbone, lambda old: DomainBatchNorm2d(old, num_domains, switch, shared_affine, one_beside=old in beside)
+    )
     backbone.replay = switch.remembered
     return switch
 
 
 @contextmanager
-def site_distances(network: nn.Module) -> Iterator[list[Tensor]]:
+def site_distances(network: nn.Module, raw: bool = False) -> Iterator[list[Tensor]]:
     """Passes in here by `OneSet(j)` leave how far every image is from set j at every layer, in the order of the layers.
 
     META's relevance, over the root of the number of channels so that wide layers do not decide alone:
 
-        W_l,i = sqrt( (|mean_j - mu_i|^2 + |sqrt(var_j) - sqrt(v_i)|^2) / C )
+        W_l,i = sqrt( (|mean_j - mu_i|^2 + |sqrt(var_j) - sqrt(v_i)|^2) / C )        `raw`: without C, as in the release
 
     mu_i and v_i: mean and unbiased variance over (h, w) of image i in what enters layer l. (N,) per layer, no gradient.
+    Raises UsageError on maps of 1 x 1, which have no variance.
     """
     found: list[Tensor] = []
 
@@ -153,11 +178,13 @@ def site_distances(network: nn.Module) -> Iterator[list[Tensor]]:
         route = layer.switch.route
         if not isinstance(route, OneSet):
             raise RuntimeError(f"distances to one set need the route OneSet, got {type(route).__name__}")
+        need_a_map(inputs[0])
         norm = layer.norm(route.domain)
         var, mean = torch.var_mean(inputs[0].float(), dim=(2, 3), correction=1)
         mean_gap = mean - _known(norm.running_mean)
         deviation_gap = var.sqrt() - _known(norm.running_var).sqrt()
-        found.append((mean_gap.square() + deviation_gap.square()).mean(1).sqrt())
+        squares = mean_gap.square() + deviation_gap.square()
+        found.append((squares.sum(1) if raw else squares.mean(1)).sqrt())
 
     hooks = [m.register_forward_pre_hook(measure) for m in network.modules() if isinstance(m, DomainBatchNorm2d)]
     try:

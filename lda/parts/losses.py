@@ -73,11 +73,37 @@ def batch_hard_triplet_loss(features: Tensor, labels: Tensor, margin: float, par
     part: the images are one domain's share of a batch, which may be a single identity: an anchor without a negative
     adds 0.
     """
+    hardest = hardest_distances(features, labels, part)
+    return F.relu(hardest.positive - hardest.negative + margin).mean()
+
+
+class Hardest(NamedTuple):
+    """Of every anchor the distance to the farthest image of its identity, and to the nearest of another: (N,) each."""
+
+    positive: Tensor
+    negative: Tensor
+
+
+def hardest_distances(features: Tensor, labels: Tensor, part: bool = False) -> Hardest:
+    """Hardest Euclidean distances among features (N, D), in fp32; arguments and errors of `batch_hard_triplet_loss`.
+
+    The distance to a negative is infinite where there is none.
+    """
     features = features.float()
     same = labels[:, None] == labels[None, :]
     if labels.is_cpu and (bool((same.sum(1) < 2).any()) or (bool(same.all()) and not part)):
         raise ValueError("batch-hard triplets need two images of every identity and two identities in a batch")
     distances = squared_distances(features, features).clamp_min(1e-12).sqrt()
-    hardest_positive = distances.masked_fill(~same, 0.0).amax(1)
-    hardest_negative = distances.masked_fill(same, torch.inf).amin(1)
-    return F.relu(hardest_positive - hardest_negative + margin).mean()
+    return Hardest(distances.masked_fill(~same, 0.0).amax(1), distances.masked_fill(same, torch.inf).amin(1))
+
+
+def relation_loss(features: Tensor, teacher: Tensor, labels: Tensor, part: bool = False) -> Tensor:
+    """Be no harder than the teacher: mean [d+ - t+]_+ + mean [t- - d-]_+ (META's consistency, with margin 0).
+
+    d+, d-: `hardest_distances` of features (N, D); t+, t- of `teacher` (N, D), which gets no gradient. An anchor
+    without a negative (`part`) adds 0 to the second mean.
+    """
+    own, aim = hardest_distances(features, labels, part), hardest_distances(teacher.detach(), labels, part)
+    farther = F.relu(own.positive - aim.positive)
+    nearer = F.relu(aim.negative - own.negative).masked_fill(aim.negative.isinf(), 0.0)
+    return farther.mean() + nearer.mean()
