@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.study import METRIC_NAMES, Study, load_study, print_method
+from analysis.study import METRIC_NAMES, Study, load_study
 from lda.errors import UsageError
+from lda.runs import print_method
 
 METRICS = {metric: METRIC_NAMES[metric] for metric in ("mAP", "rank1")}
 """Metric of a table -> its name in print."""
@@ -40,7 +41,7 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
 
     Columns:
         configuration (baseline, default, best; confirmed for further trials that were rerun), label, method (in print,
-        marked as in `analysis.study.print_method`), reconstructed (what of the method is), reference (its paper),
+        marked as in `lda.runs.print_method`), reconstructed (what of the method is), reference (its paper),
         trial, target, seeds (how many), confirmed (fresh seeds, not the search's own), score (selection score,
         percent);
         mAP, rank1: percent, mean over seeds, with mAP_std, rank1_std their sample standard deviation, and mAP_low,

@@ -19,7 +19,17 @@ from lda.data.catalogue import title
 from lda.errors import UsageError
 from lda.files import read_json
 from lda.protocols import PROTOCOLS, Protocol, get_protocol
-from lda.runs import Cost, Result, Unit, UnitFolder, checked_record, is_unit, read_record, read_unit, unit_folders
+from lda.runs import (
+    Cost,
+    Result,
+    Unit,
+    UnitFolder,
+    checked_record,
+    is_unit,
+    read_record,
+    read_unit,
+    unit_folders,
+)
 
 PARAMETER = "param/"
 """Prefix of the columns of `Study.trials` that hold swept settings."""
@@ -184,12 +194,6 @@ def _first(rows: pd.DataFrame) -> pd.Series | None:
 def print_name(dataset: str) -> str:
     """A data set's name in print; a name that is not ours stays as it is."""
     return title(dataset)
-
-
-def print_method(title: str, reconstructed: str, target_data: bool) -> str:
-    """A method's name in print, marked where a reader must know more before comparing: `RaMoE [reconstruction]`."""
-    marks = ["reconstruction"] * bool(reconstructed) + ["target images"] * target_data
-    return f"{title} [{', '.join(marks)}]" if marks else title
 
 
 def load_study(folder: Path) -> Study:

@@ -50,6 +50,12 @@ _T = TypeVar("_T")
 _own_keys_only = with_config(ConfigDict(extra="forbid"))
 
 
+def print_method(title: str, reconstructed: str, target_data: bool) -> str:
+    """A method's name in print, marked where a reader must know more before comparing: `RaMoE [reconstruction]`."""
+    marks = ["reconstruction"] * bool(reconstructed) + ["target images"] * target_data
+    return f"{title} [{', '.join(marks)}]" if marks else title
+
+
 # --- the content of result.json --------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from lda import config as configs
 from lda import methods
 from lda.command import exit_code
 from lda.protocols import PROTOCOLS, get_protocol
+from lda.runs import print_method
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -77,12 +78,12 @@ def _run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print(f"interrupted; the same command goes on from {folder / 'checkpoint.pt'}", file=sys.stderr)
             return 130
-    looked = "LOOKED AT unlabelled target images" if result.target_data else ""
+    name = print_method(result.title, result.reconstructed, result.target_data)
     pairs = f"{result.cost.pair_cost:,} multiply-adds a pair" if result.cost.pair_cost else ""
-    marks = (result.data, result.inference, looked, pairs, f"{result.average_precision} AP")
+    marks = (result.data, result.inference, pairs, f"{result.average_precision} AP")
     conditions = ", ".join(filter(None, marks))
     print(
-        f"{result.title} on {result.target} ({conditions}): mAP {100 * result.mAP:.1f}, "
+        f"{name} on {result.target} ({conditions}): mAP {100 * result.mAP:.1f}, "
         f"Rank-1 {100 * result.rank1:.1f}; {result.selection.rule} {100 * result.selection.score:.1f}; {folder}"
     )
     return 0

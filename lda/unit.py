@@ -154,7 +154,9 @@ class _Unit:
         result = self._result(test, Selection(self.config.selection.selection, score, per_source))
         self.run.write_result(result)
         self.tracker.summarise({"test/mAP": result.mAP, "test/rank1": result.rank1, "test/mINP": result.mINP})
-        self.tracker.summarise({"val/score": score, "target_data": result.target_data})
+        self.tracker.summarise(
+            {"val/score": score, "target_data": result.target_data, "reconstructed": bool(result.reconstructed)}
+        )
         if test.effective_rank is not None:
             self.tracker.summarise({"feature/effective_rank": test.effective_rank})
         return result

@@ -12,9 +12,9 @@ import pytest
 from study_files import write_json, write_study, write_trial, write_unit
 
 from analysis.comparison import CONDITIONS
-from analysis.study import METRIC_NAMES, load_metrics, load_study, print_method, print_name
+from analysis.study import METRIC_NAMES, load_metrics, load_study, print_name
 from lda.errors import UsageError
-from lda.runs import Result
+from lda.runs import Result, print_method
 
 
 def test_a_study_becomes_tables(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from lda import methods
 from lda.config import METHOD
 from lda.data.catalogue import title
 from lda.protocols import get_protocol
+from lda.runs import print_method
 from sweeps.plan.compute import train_passes
 from sweeps.plan.spec import StudySpec
 
@@ -26,10 +28,10 @@ def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: 
         ("data", f"{data}; preset {spec.preset}"),
         (
             "training",
-            f"{spec.method}, {_steps(spec, spec.method)}, {config.network.backbone}, "
+            f"{_named(spec.method)}, {_steps(spec, spec.method)}, {config.network.backbone}, "
             f"{config.batches.image_height} x {config.batches.image_width} pixels",
         ),
-        *(("", f"{method}, {_steps(spec, method)}") for method in spec.entrants[1:]),
+        *(("", f"{_named(method)}, {_steps(spec, method)}") for method in spec.entrants[1:]),
         *(
             ("target", f"{title(target)} from {', '.join(title(s) for s in protocol.sources(target))}")
             for target in spec.targets
@@ -45,6 +47,10 @@ def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: 
         *where,
     ]
     return "\n".join(f"{name:11}{text}" for name, text in lines)
+
+
+def _named(method: str) -> str:
+    return print_method(method, methods.find(method).reconstructed, False)
 
 
 def _steps(spec: StudySpec, method: str) -> str:
