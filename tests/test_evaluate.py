@@ -57,7 +57,11 @@ def test_a_sets_own_folder_says_stand_in_as_well(finished: dict[str, Path], stan
     [
         ("both", ["method=baseline"], "--set method: is a setting of training, which is over"),
         ("both", ["backbone=resnet50"], "--set backbone: is a setting of training"),
-        ("both", ["bank_momentum=0.1"], "a test of lda can be told: camera_statistics, camera_images, inference, flip_test"),
+        (
+            "both",
+            ["bank_momentum=0.1"],
+            "a test of lda can be told: camera_statistics, camera_images, inference, flip_test",
+        ),
         ("both", ["network_a=none"], "--set network_a: is a setting of training"),
         ("both", ["baseline_norm=batch"], "baseline_norm: is a setting of method baseline; this run's method is lda"),
         ("expert", ["inference=fused"], "inference: 'fused' needs Network-A, but network_a is none"),

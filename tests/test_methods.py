@@ -272,11 +272,19 @@ class TestEveryMethod:
                     assert trainer.method.eval()(torch.zeros(2, 3, 32, 16)).isfinite().all(), (key, choice)
 
 
+def _backward_of_convolution(out_gradient: Any, x: Any, weight: Any, *rest: Any, out_shape: Any, **_: Any) -> int:
+    """Shapes -> twice the multiply-adds: each gradient costs what the forward pass does. Torch's own count takes the
+    weights of a grouped convolution for those of one without groups."""
+    of_input, of_weight, _of_bias = rest[-1]
+    return 2 * (of_input + of_weight) * math.prod(out_gradient) * math.prod(weight[1:])
+
+
 class _Convolutions:
     """Counts the multiply-adds of convolutions, forward and backward, inside `with`."""
 
     def __init__(self) -> None:
-        self.mode = FlopCounterMode(display=False)
+        backward = {torch.ops.aten.convolution_backward: _backward_of_convolution}
+        self.mode = FlopCounterMode(display=False, custom_mapping=backward)
 
     def __enter__(self) -> _Convolutions:
         self.mode.__enter__()
