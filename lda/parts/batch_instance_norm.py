@@ -221,8 +221,7 @@ def shuffle_loss(features: Tensor, labels: Tensor, domains: Tensor, itself: bool
     same_domain = domains[:, None] == domains[None, :]
     other_identity = labels[:, None] != labels[None, :]
     distances = squared_distances(features, features).clamp_min(1e-12).sqrt()
-    nearby = same_domain & ~torch.eye(len(domains), dtype=torch.bool, device=domains.device) if itself else same_domain
-    farthest = distances.masked_fill(nearby, -torch.inf).amax(1)
+    farthest = distances.masked_fill(same_domain, 0.0 if itself else -torch.inf).amax(1)
     nearest = distances.masked_fill(~(same_domain & other_identity), torch.inf).amin(1)
     return F.softplus(farthest - nearest).mean()
 
