@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lda import methods
@@ -31,7 +34,8 @@ _WARMUP = 48  # steps before anything is measured: some methods begin by steps t
 @contextmanager
 def convolutions_counted() -> Iterator[Callable[[], int]]:
     """Counts the multiply-adds of convolutions inside `with`, forward and backward; what it gives says how many."""
-    with FlopCounterMode(display=False) as mode:
+    backward = {torch.ops.aten.convolution_backward: _backward_of_convolution}
+    with FlopCounterMode(display=False, custom_mapping=backward) as mode:
 
         def number() -> int:
             counted = mode.get_flop_counts()["Global"]
@@ -39,6 +43,13 @@ def convolutions_counted() -> Iterator[Callable[[], int]]:
             return flops // 2
 
         yield number
+
+
+def _backward_of_convolution(out_gradient: Any, x: Any, weight: Any, *rest: Any, out_shape: Any, **_: Any) -> int:
+    """Shapes -> twice the multiply-adds: each gradient costs what the forward pass does. Torch's own count takes the
+    weights of a grouped convolution for those of one without groups."""
+    of_input, of_weight, _of_bias = rest[-1]
+    return int(2 * (of_input + of_weight) * math.prod(out_gradient) * math.prod(weight[1:]))
 
 
 class _Steps:

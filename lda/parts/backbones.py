@@ -109,6 +109,16 @@ def forward_shares(backbone: Backbone) -> dict[str, float]:
 
     They sum to 1; of images twice as high as wide, the field's format. What was inserted between stages is left out.
     """
+    counted = {name: n for name, n in forward_counts(backbone).items() if name in ("conv1", *backbone.stages)}
+    total = sum(counted.values())
+    return {part: number / total for part, number in counted.items()}
+
+
+def forward_counts(backbone: Backbone) -> dict[str, int]:
+    """Name of every part with convolutions, in order -> their multiply-adds in the forward pass of a 256 x 128 image.
+
+    What was inserted counts too; it has to take shapes without numbers, in evaluation mode.
+    """
     counted: dict[str, int] = {}
 
     def count(part: str) -> Callable[[nn.Conv2d, tuple[Tensor, ...], Tensor], None]:
@@ -119,12 +129,10 @@ def forward_shares(backbone: Backbone) -> dict[str, float]:
 
     copied = copy.deepcopy(backbone).to("meta").eval()  # shapes without numbers
     for name, module in copied.named_modules():
-        part = name.split(".")[0]
-        if isinstance(module, nn.Conv2d) and part in ("conv1", *copied.stages):
-            module.register_forward_hook(count(part))
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count(name.split(".")[0]))
     copied(torch.empty(1, 3, 256, 128, device="meta"))
-    total = sum(counted.values())
-    return {part: number / total for part, number in counted.items()}
+    return counted
 
 
 def map_size(backbone: Backbone, image_size: tuple[int, int]) -> tuple[int, int]:

@@ -209,17 +209,19 @@ def scatter_loss(features: Tensor, domains: Tensor) -> Tensor:
     return torch.stack([unit[own].mean(0).norm() for own in rows]).mean()
 
 
-def shuffle_loss(features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:
+def shuffle_loss(features: Tensor, labels: Tensor, domains: Tensor, itself: bool = False) -> Tensor:
     """Equation (B4) of features (n, D), identities (n,) unique over all domains, and domains (n,) on the CPU.
 
     Minimised, it brings domains closer together than a domain's own identities are. An anchor without an image of
     another domain, or without another identity of its own, adds 0.
+
+    itself: the anchor counts among the images that d+ looks at, which matters where there is no other domain.
     """
     domains = domains.to(features.device)
     same_domain = domains[:, None] == domains[None, :]
     other_identity = labels[:, None] != labels[None, :]
     distances = squared_distances(features, features).clamp_min(1e-12).sqrt()
-    farthest = distances.masked_fill(same_domain, -torch.inf).amax(1)
+    farthest = distances.masked_fill(same_domain, 0.0 if itself else -torch.inf).amax(1)
     nearest = distances.masked_fill(~(same_domain & other_identity), torch.inf).amin(1)
     return F.softplus(farthest - nearest).mean()
 
