@@ -20,7 +20,8 @@ from lda.errors import UsageError
 from sweeps.list.storage import VARIABLE, has_password, masked, storage_url
 from sweeps.plan.images import is_standin
 from sweeps.plan.preview import preview
-from sweeps.plan.spec import StudySpec, load, resolve, study_file, study_names
+from sweeps.plan.spec import StudySpec
+from sweeps.plan.study_files import load, resolve, study_file, study_names
 
 if TYPE_CHECKING:
     from sweeps.coordinator import Plan

@@ -18,7 +18,7 @@ from sweeps.list.ledger import Budget, Ledger
 from sweeps.list.storage import open_storage, storage_url
 from sweeps.list.study import create_or_load, enqueue_first_points
 from sweeps.plan.space import distributions
-from sweeps.plan.spec import load, resolve, study_file
+from sweeps.plan.study_files import load, resolve, study_file
 
 pytest.importorskip("optuna_dashboard", reason="the browser view needs optuna-dashboard, install lda-reid[dashboard]")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -21,7 +21,8 @@ from lda.errors import UsageError
 from lda.runs import Result
 from sweeps.list.study import confirm_jobs
 from sweeps.plan.compute import at_equal_passes, train_passes
-from sweeps.plan.spec import StudySpec, load, named_point, resolve, study_file, unnamed_point
+from sweeps.plan.spec import StudySpec, named_point, unnamed_point
+from sweeps.plan.study_files import load, resolve, study_file
 
 __all__ = ["no_leftovers"]
 

@@ -23,7 +23,8 @@ from sweeps.list.ledger import UNIT, Budget, Ledger, configurations
 from sweeps.list.storage import open_storage, storage_url
 from sweeps.list.study import create_or_load, enqueue_first_points
 from sweeps.plan.space import distributions
-from sweeps.plan.spec import StudySpec, load, resolve, study_file
+from sweeps.plan.spec import StudySpec
+from sweeps.plan.study_files import load, resolve, study_file
 from sweeps.study_folder import Event, StudyFolder
 from sweeps.views.display import Display, duration, live_view, print_status, standing, status_line
 from sweeps.views.snapshot import Snapshot, snapshot
@@ -131,7 +132,7 @@ from sweeps.views.display import Display
 from sweeps.views.snapshot import snapshot
 from sweeps.study_folder import StudyFolder
 from sweeps.list.ledger import Budget
-from sweeps.plan.spec import load, resolve, study_file
+from sweeps.plan.study_files import load, resolve, study_file
 spec, folder = resolve(load(study_file("smoke")), study_file("smoke")), StudyFolder(Path(sys.argv[1]))
 with Display(folder, 60, lambda: snapshot("smoke", spec, folder, Budget(4, 2), [], [])) as display:
     folder.event("started", "one")

@@ -11,7 +11,8 @@ from study_files import write_study
 from test_tracking import inspected
 
 from sweeps.finish import finish
-from sweeps.plan.spec import StudySpec, load, resolve, study_file
+from sweeps.plan.spec import StudySpec
+from sweeps.plan.study_files import load, resolve, study_file
 from sweeps.study_folder import StudyFolder
 
 Capture = pytest.CaptureFixture[str]

@@ -21,7 +21,8 @@ from sweeps.list.study import (
     enqueue_first_points,
 )
 from sweeps.plan.space import distributions
-from sweeps.plan.spec import Confirm, StudySpec, load, resolve, study_file
+from sweeps.plan.spec import Confirm, StudySpec
+from sweeps.plan.study_files import load, resolve, study_file
 from sweeps.study_folder import StudyFolder
 from sweeps.views.trial_files import Mirror
 

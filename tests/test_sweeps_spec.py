@@ -14,20 +14,8 @@ from lda import methods
 from lda.config import preset
 from lda.errors import UsageError
 from lda.protocols import PROTOCOLS
-from sweeps.plan.spec import (
-    STUDIES,
-    StudySpec,
-    differences,
-    flat,
-    from_dict,
-    from_flat,
-    load,
-    resolve,
-    same_study,
-    study_file,
-    study_names,
-    to_dict,
-)
+from sweeps.plan.spec import StudySpec, differences, flat, from_dict, from_flat, same_study, to_dict
+from sweeps.plan.study_files import STUDIES, load, resolve, study_file, study_names
 
 GOOD: dict[str, Any] = {
     "title": "t",

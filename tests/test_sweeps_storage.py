@@ -17,7 +17,8 @@ from lda.files import write_json
 from sweeps.list.storage import has_password, masked, open_storage, patiently, storage_url, turn
 from sweeps.list.study import create_or_load, open_search, running_study, search_budget
 from sweeps.plan.images import Data
-from sweeps.plan.spec import load, resolve, study_file, to_dict
+from sweeps.plan.spec import to_dict
+from sweeps.plan.study_files import load, resolve, study_file
 from sweeps.study_folder import StudyFolder
 
 

@@ -12,7 +12,7 @@ from study_files import write_unit
 
 from sweeps.crew.worker import build_sampler
 from sweeps.plan.space import distributions
-from sweeps.plan.spec import load, resolve, study_file
+from sweeps.plan.study_files import load, resolve, study_file
 from sweeps.study_folder import StudyFolder, WorkerSign
 
 

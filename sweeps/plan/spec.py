@@ -1,30 +1,20 @@
-"""A study file (YAML) -> `StudySpec`, checked key by key before anything runs.
-
-Every mistake is one line: the file, the path of the key, the value, and the nearest valid key where one is near.
-"""
+"""What a study is: `StudySpec`, and what follows from it. Files, the command line and checks: `study_files.py`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
 
 from lda import methods
-from lda.config import COMMON, METHOD, Config, check_keys, known_settings, preset
-from lda.errors import UsageError, unknown
+from lda.config import METHOD, Config, preset
 from lda.groups import Machine
-from lda.protocols import get_protocol
-from lda.settings import explained, settings_of
+from lda.settings import settings_of
 from sweeps.plan.compute import at_equal_passes
-from sweeps.plan.space import Axis, Point, Space, checked_axis, checked_point, grid
-
-STUDIES = Path(__file__).parent.parent / "studies"
-"""Folder of the studies that `--study NAME` finds by name."""
+from sweeps.plan.space import Axis, Point, Space, checked_axis, grid
 
 T = TypeVar("T")
 _strict_keys = with_config(ConfigDict(extra="forbid"))
@@ -281,227 +271,6 @@ def from_flat(content: Mapping[str, Any]) -> StudySpec:
     searched = [f.name for f in dataclasses.fields(Search) if f.name not in _BUDGET]
     search = {**{key: content[key] for key in searched}, **content["budget"]}
     return from_dict({**{key: content[key] for key in own if key in content}, "search": search})
-
-
-def study_file(study: str) -> Path:
-    """The file of `--study`: a name in sweeps/studies, or the path of a YAML file. Raises UsageError."""
-    if study.endswith((".yaml", ".yml")):
-        path = Path(study)
-        if not path.is_file():
-            raise UsageError(f"--study {study}: there is no such file")
-        return path
-    names = study_names()
-    if study not in names:
-        raise UsageError(f"--study: {unknown('study', study, names)}")
-    return STUDIES / f"{study}.yaml"
-
-
-def study_names() -> list[str]:
-    """Names of the studies that come with the package."""
-    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
-
-
-def load(path: Path) -> StudySpec:
-    """Read a study file and check types and keys. Raises UsageError in one line; see `resolve` for the rest."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        raise UsageError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: {error}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected keys and values, got {values!r}")
-    try:
-        return _ADAPTER.validate_python(values)
-    except ValidationError as error:
-        raise UsageError(f"{path}: {_first_mistake(error)}") from None
-
-
-def _first_mistake(error: ValidationError) -> str:
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    where = ".".join(location)
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{where}: {unknown('key', location[-1], _keys_at(location[:-1]))}"
-    if first["type"] in ("missing", "missing_argument"):
-        return f"{where}: this key is required"
-    return f"{where}: {explained(first)}"
-
-
-def _keys_at(location: Sequence[str]) -> list[str]:
-    """Valid keys of the section at `location` (a walk through the dataclasses; one step into a mapping or list)."""
-    section: Any = StudySpec
-    for part in location:
-        section = get_type_hints(section)[part] if dataclasses.is_dataclass(section) else Axis
-    return [f.name for f in dataclasses.fields(section)]
-
-
-def resolve(
-    spec: StudySpec,
-    file: Path,
-    *,
-    real_data: bool = False,
-    overrides: Mapping[str, Any] | None = None,
-    seed: int | None = None,
-    trials: int | None = None,
-    confirm_seeds: int | None = None,
-    compare: Sequence[str] | None = None,
-    compute: Literal["steps", "passes"] | None = None,
-) -> StudySpec:
-    """Apply the command line, fill what was left to defaults, and check every value against lda.config.
-
-    `overrides` are typed settings (lda.config.parse_overrides); one that the study sweeps is fixed instead. `compare`
-    picks among the methods of a study that compares them. Raises UsageError naming the file and the key.
-    """
-    overrides = dict(overrides or {})
-    _refuse_study_keys(overrides, "--set ")
-    try:
-        spec = _with_entrants(spec, compare, overrides)
-        protocol = get_protocol(spec.protocol)
-        for target in spec.targets:
-            protocol.sources(target)
-        _refuse_study_keys(spec.base, "base.")
-        base = {**spec.base, **overrides}
-        run = spec.entrants or (str(base.get(METHOD.name, METHOD.default)),)
-        own = {key: value for key, value in base.items() if key not in COMMON and key != METHOD.name}
-        for key in own:
-            if not any(key in known_settings(method) for method in run):
-                check_keys([key], run[0])
-        spec = dataclasses.replace(
-            spec,
-            search=_search(spec, run[0], overrides, trials),
-            confirm=spec.confirm if confirm_seeds is None else dataclasses.replace(spec.confirm, seeds=confirm_seeds),
-            compute=compute or spec.compute,
-            seed=spec.seed if seed is None else seed,
-            targets=spec.targets or protocol.targets,
-            preset=spec.preset or ("real" if real_data else "standin"),
-            base={key: value for key, value in base.items() if key not in own},
-            methods={**spec.methods, **{method: _with_own(spec, method, own) for method in run}},
-        )
-        for key in spec.search.space:
-            if key in {**spec.base, **spec.methods[run[0]]}:
-                raise UsageError(f"search.space.{key}: is set for every trial as well; keep one of the two")
-        return _checked(spec)
-    except UsageError as error:
-        raise UsageError(f"{file}: {error}") from None
-
-
-def _with_entrants(spec: StudySpec, picked: Sequence[str] | None, overrides: Mapping[str, Any]) -> StudySpec:
-    """The study with the names of the methods it compares, the control first; those that are picked, where any are."""
-    if not spec.compare:
-        if picked is not None:
-            raise UsageError("--methods: this study is of one method; choose it by --set method=NAME")
-        return spec
-    if METHOD.name in (*overrides, *spec.base):
-        raise UsageError("method: this study compares methods; choose among them by --methods A,B")
-    known = methods.names() if spec.compare == "all" else list(spec.compare)
-    for name in (*known, *(picked or ())):
-        methods.find(name)
-        if name not in known:
-            raise UsageError(f"--methods: {unknown('method of this study', name, known)}")
-    chosen = [name for name in known if picked is None or name in picked]
-    return dataclasses.replace(spec, compare=tuple(sorted(chosen, key=lambda name: (name != methods.CONTROL, name))))
-
-
-def _with_own(spec: StudySpec, method: str, own: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of its own that a method runs with: the file's for it, and of `own` what it has."""
-    known = known_settings(method)
-    return {**spec.methods.get(method, {}), **{key: value for key, value in own.items() if key in known}}
-
-
-def _search(spec: StudySpec, method: str, overrides: Mapping[str, Any], trials: int | None) -> Search:
-    """The search as the command line changes it: what is fixed is not swept, and no space means one trial."""
-    search = spec.search if trials is None else dataclasses.replace(spec.search, trials=trials)
-    if spec.compare:
-        return search
-    if search.trials < 1:
-        raise UsageError(f"search.trials: expected 1 or more, got {search.trials}")
-    space = search.space or {key: Axis() for key in methods.find(method).searched}
-    space = {key: axis for key, axis in space.items() if key not in overrides}
-    enqueue = tuple({k: v for k, v in point.items() if k not in overrides} for point in search.enqueue)
-    return dataclasses.replace(search, space=space, enqueue=enqueue, trials=search.trials if space else 1)
-
-
-def _refuse_study_keys(settings: Mapping[str, Any], where: str) -> None:
-    for key in settings:
-        if key in ("protocol", "target", "seed"):
-            instead = {"protocol": "--study", "target": "targets of the study file", "seed": "--seed"}[key]
-            raise UsageError(f"{where}{key}: is set for the whole study, use {instead}")
-
-
-def _checked(spec: StudySpec) -> StudySpec:
-    if spec.grace_seconds < 3 * spec.heartbeat_seconds:
-        raise UsageError(f"grace_seconds: {spec.grace_seconds} is below three heartbeats of {spec.heartbeat_seconds} s")
-    spec = _typed(spec)
-    if spec.compare:
-        return _checked_comparison(spec)
-    space = {}
-    for key, axis in spec.search.space.items():
-        try:
-            space[key] = checked_axis(key, axis, spec.method)
-        except UsageError as error:
-            raise UsageError(f"search.space.{error}") from None
-    if spec.search.pruning.rule != "none" and (several := {"epochs", "steps_per_epoch"} & space.keys()):
-        raise UsageError(
-            f"search.space.{min(several)}: trials are pruned by comparing them at equal epochs; "
-            "set search.pruning.rule to none"
-        )
-    try:
-        checked_point(space, spec.defaults, spec.method)
-    except UsageError as error:
-        raise UsageError(f"search.space.{error} (the default; trial 0 is always the defaults)") from None
-    points = []
-    for index, point in enumerate(spec.search.enqueue):
-        try:
-            points.append(checked_point(space, point, spec.method))
-        except UsageError as error:
-            raise UsageError(f"search.enqueue.{index}.{error}") from None
-    spec = dataclasses.replace(spec, search=dataclasses.replace(spec.search, space=space, enqueue=tuple(points)))
-    if spec.search.sampler == "grid":
-        try:
-            grid(space, spec.seed)
-        except UsageError as error:
-            raise UsageError(f"search.space.{error}") from None
-    return spec
-
-
-def _checked_comparison(spec: StudySpec) -> StudySpec:
-    search = spec.search
-    if search.space or search.enqueue:
-        key = "space" if search.space else "enqueue"
-        raise UsageError(f"search.{key}: a study that compares methods sweeps what each method's file names")
-    if search.sampler not in ("tpe", "random"):
-        raise UsageError(f"search.sampler: {search.sampler} takes one space for all trials; use tpe or random")
-    if search.trials and search.pruning.rule != "none":
-        raise UsageError("search.pruning.rule: trials of different methods do not compare; set it to none")
-    if not search.trials and not spec.confirm.seeds:
-        raise UsageError("confirm.seeds: with search.trials 0 nothing would run; give one seed or more")
-    for method in spec.entrants:
-        space, defaults = spec.space(method), spec.defaults_of(method)
-        try:
-            checked_point(space, defaults, method)
-        except UsageError as error:
-            raise UsageError(f"{method}: {error} (the default; trial 0 is always the defaults)") from None
-    return spec
-
-
-def _typed(spec: StudySpec) -> StudySpec:
-    """The settings in the types of their lines; raises UsageError for one that a method does not have."""
-    values = preset(spec.preset or "standin", **spec.base).to_dict()
-    own = {}
-    for method, given in spec.methods.items():
-        for key in given:
-            if key in COMMON or key not in known_settings(method):
-                raise UsageError(f"methods.{method}.{key}: {unknown('setting of its own', key, _own_keys(method))}")
-        settings = preset(spec.preset or "standin", **{**spec.base, **given, METHOD.name: method}).to_dict()
-        own[method] = {key: settings[key] for key in given}
-    return dataclasses.replace(spec, base={key: values[key] for key in spec.base}, methods=own)
-
-
-def _own_keys(method: str) -> list[str]:
-    return list(settings_of(methods.find(method).Settings))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
