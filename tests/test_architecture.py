@@ -127,6 +127,9 @@ def test_nothing_goes_round_in_circles() -> None:
     assert [circle for name in arrows for circle in visit(name, ())] == []
 
 
+OTHER_WORDS = {("lda.parts.backbones", "meta")}  # torch's device for shapes without numbers
+
+
 def test_no_method_is_named_outside_its_file() -> None:
     """Everybody else asks the class, or the result: a method that is added is nowhere forgotten."""
     words = set(methods.names()) - {methods.CONTROL}  # that one is also what studies call the row of the control
@@ -135,7 +138,7 @@ def test_no_method_is_named_outside_its_file() -> None:
         if under(name, "lda.methods"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and node.value in words:
+            if isinstance(node, ast.Constant) and node.value in words and (name, node.value) not in OTHER_WORDS:
                 named.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.value!r}")
     assert named == []
 
