@@ -41,8 +41,9 @@ Departures. W is divided by sqrt(C_l), and the last layer of A_j starts at zero,
 release's `raw` and `kaiming` the softmax starts saturated. No frozen phase (`meta_freeze_steps`, release 500): then
 the trunk's convolutions get no update for so many steps; that the release leaves the global set in evaluation mode
 meanwhile is not copied. Optimiser, schedule and batch are those of all methods here. The release shares storage
-between sets on the CPU; here they are copies. Any K >= 2 (for two, the mixture in training is the other expert), where
-the release knows three. A network with one block a stage shares it in stage 3, so the branch owns stage 4 alone.
+between sets on the CPU; here they are copies. Any K >= 2, where the release knows three. For two the mixture in
+training is the other expert, whatever the weights: no aggregator learns, and `learned` stays at 1/2. A network with one
+block a stage shares it in stage 3, so the branch owns stage 4 alone.
 """
 
 from __future__ import annotations
@@ -179,6 +180,12 @@ class META(Method):
 
     def __init__(self, settings: METASettings, setup: Setup) -> None:
         super().__init__(settings, setup)
+        random = settings.meta_aggregator_init == "kaiming" and settings.meta_test_weights == "learned"
+        if self.num_domains == 2 and random:
+            raise UsageError(
+                "meta_aggregator_init: with 2 source domains nothing trains the aggregators, and kaiming would leave "
+                "the test's weights random; set meta_aggregator_init=zero, or meta_test_weights=uniform or distance"
+            )
         self.backbone = backbone_of(setup)
         self.branch = GlobalBranch(self.backbone)
         shared = dict(self.backbone.steps())
