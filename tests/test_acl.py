@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from mixed_batches import build
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from lda.batch import Batch
@@ -26,6 +25,7 @@ from lda.parts.heads import gem
 from lda.parts.instance_sites import InstanceSite, SplitNorm2d
 from lda.parts.routed_blocks import ChannelGate, RoutedBlock, Router, ThinExperts, invariant_block
 from lda.parts.routes import Switch, statistics_held
+from lda.step_cost import convolutions_counted
 
 OFFSETS = torch.tensor([0, 5, 12])
 DUE = 2  # the first step that is due with the default of every third
@@ -677,43 +677,19 @@ def test_declared_cost_of_a_bottleneck_network_is_what_is_counted(params: str, m
     monkeypatch.setattr("lda.methods.acl.backbone_of", lambda setup: narrow_bottlenecks())
     method, plain, batch = acl(acl_meta_params=params), narrow_bottlenecks(), mixed_batch()
     assert [len(method.backbone.get_submodule(stage)) for stage in ("layer1", "layer2")] == [1, 1]
-    with _Convolutions() as of_plain:
+    with convolutions_counted() as of_plain:
         plain(batch.images)
-    with _Convolutions() as of_stem:
+    with convolutions_counted() as of_stem:
         plain.conv1(batch.images)
-    with _Convolutions() as basic:
+    with convolutions_counted() as basic:
         method.train_step(batch, 0, Updates(method))
-    with _Convolutions() as both:
+    with convolutions_counted() as both:
         method.train_step(batch, DUE, Updates(method))
-    with _Convolutions() as test, torch.no_grad():
+    with convolutions_counted() as test, torch.no_grad():
         method.eval()(batch.images)
-    passes = (2 * basic.number + both.number) / 3 / (3 * of_plain.number - of_stem.number)
+    passes = (2 * basic() + both()) / 3 / (3 * of_plain() - of_stem())
     assert passes == pytest.approx(method.cost.train_passes, rel=1e-3)
-    assert test.number / of_plain.number == pytest.approx(method.cost.test_forwards, rel=1e-3)
-
-
-class _Convolutions:
-    """Counts multiply-adds of convolutions inside `with`, by shapes alone."""
-
-    def __enter__(self) -> _Convolutions:
-        self.mode = FlopCounterMode(
-            display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_of_convolution}
-        )
-        self.mode.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.mode.__exit__(*error)
-
-    @property
-    def number(self) -> int:
-        counted = self.mode.get_flop_counts()["Global"]
-        return sum(number for operation, number in counted.items() if "convolution" in str(operation)) // 2
-
-
-def _backward_of_convolution(out_gradient: Any, x: Any, weight: Any, *rest: Any, out_shape: Any, **_: Any) -> int:
-    of_input, of_weight, _of_bias = rest[-1]
-    return 2 * (of_input + of_weight) * math.prod(out_gradient) * math.prod(weight[1:])
+    assert test() / of_plain() == pytest.approx(method.cost.test_forwards, rel=1e-3)
 
 
 def test_recomputation_is_refused_with_meta_steps_only_and_one_pixel_always() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixed_batches import build, mixed_batch
+from mixed_batches import build, mixed_batch, shaken
 from torch import Tensor, nn
 
 from lda.config import preset
@@ -203,7 +203,7 @@ def test_the_control_takes_the_statistics_of_a_camera(method: str) -> None:
 
 @torch.no_grad()
 def test_before_it_has_seen_a_camera_the_control_of_lda_is_the_mean_bank() -> None:
-    found = trained("lda", inference="expert")
+    found = shaken(trained("lda", inference="expert"))
     before = found.encode(mixed_batch(6).images)
     for layer in found.modules():
         if isinstance(layer, BufferBankNorm2d):

@@ -58,3 +58,36 @@ def test_distances_equal_loop_and_are_of_full_precision_inside_autocast() -> Non
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(losses.squared_distances(a, b), found)
         assert torch.equal(losses.batch_hard_triplet_loss(a, labels, 0.3), triplet)
+
+
+def test_relation_equals_loop_and_leaves_the_teacher_alone() -> None:
+    random = torch.Generator().manual_seed(0)
+    features, teacher = (torch.randn(6, 4, generator=random, requires_grad=True) for _ in range(2))
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+
+    def hardest(e: torch.Tensor, i: int) -> tuple[float, float]:
+        gaps = [float((e[i] - e[n]).detach().norm()) for n in range(6)]
+        positive = max(gaps[n] for n in range(6) if labels[n] == labels[i] and n != i)
+        return positive, min(gaps[n] for n in range(6) if labels[n] != labels[i])
+
+    total = 0.0
+    for i in range(6):
+        (far, near), (aim_far, aim_near) = hardest(features, i), hardest(teacher, i)
+        total += max(0.0, far - aim_far) + max(0.0, aim_near - near)
+    loss = losses.relation_loss(features, teacher, labels)
+    assert loss.item() == pytest.approx(total / 6, rel=1e-4)
+    loss.backward()
+    assert features.grad is not None
+    assert teacher.grad is None
+    assert losses.relation_loss(features, features, labels).item() == 0.0
+
+
+def test_relation_of_a_single_identity_has_positives_only() -> None:
+    features = torch.tensor([[0.0], [3.0]], requires_grad=True)
+    teacher, labels = torch.tensor([[0.0], [1.0]]), torch.tensor([4, 4])
+    loss = losses.relation_loss(features, teacher, labels, part=True)
+    loss.backward()
+    assert loss.item() == pytest.approx(2.0)
+    assert torch.isfinite(features.grad).all()
+    with pytest.raises(ValueError, match="two identities"):
+        losses.relation_loss(features, teacher, labels)

@@ -1,330 +1,387 @@
-"""META: the experts, the distances, the mixture and what each loss reaches, against passes and loops by hand."""
+"""META: experts against each other, the mixture against loops, what learns from what, the two readings of its test."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from mixed_batches import NUM_IDS, build
+from mixed_batches import NUM_IDS, build, mixed_batch, shaken
 from torch import Tensor, nn
 
 from lda.batch import Batch
 from lda.errors import UsageError
-from lda.groups import Schedule
 from lda.methods.base import Losses
 from lda.methods.meta import META, GlobalBranch, aggregator, mixture
 from lda.parts.backbones import build_backbone
 from lda.parts.domain_norm import DomainBatchNorm2d, OneSet, site_distances, use_domain_norm
 from lda.parts.heads import gem
 from lda.parts.instance_sites import InstanceSite
-from lda.parts.losses import batch_hard_triplet_loss, identity_loss, relation_loss
+from lda.parts.losses import batch_hard_triplet_loss, identity_loss
 from lda.trainer import build_optimizer
 
-SITES = 12
 
-
-def meta(num_ids: tuple[int, ...] = NUM_IDS, **changes: Any) -> META:
-    method = build("meta", num_ids, **changes)
+def meta(**changes: Any) -> META:
+    method = build("meta", **changes)
     assert isinstance(method, META)
     return method
 
 
-def batch_of(domain: int, seed: int = 0) -> Batch:
-    """Six images, two of each of three identities, of one domain."""
-    images = torch.randn(6, 3, 32, 16, generator=torch.Generator().manual_seed(seed))
-    return Batch(images, torch.tensor([0, 0, 2, 2, 3, 3]), torch.full((6,), domain))
+def pure_batch(domain: int, seed: int = 0) -> Batch:
+    batch = mixed_batch(seed)
+    rows = (batch.domains == domain).nonzero()[:, 0]
+    return Batch(batch.images[rows], batch.labels[rows], batch.domains[rows])
 
 
-def layers(method: META) -> list[DomainBatchNorm2d]:
-    return [module for module in method.backbone.modules() if isinstance(module, DomainBatchNorm2d)]
-
-
-@torch.no_grad()
-def warmed(method: META) -> META:
-    """The method with sets that all differ, and aggregators that say something."""
-    random = torch.Generator().manual_seed(3)
-    for norm in (norm for layer in layers(method) for norm in layer.sets):
-        assert isinstance(norm, nn.BatchNorm2d)
-        for values, low, high in (
-            (norm.running_mean, -0.4, 0.4),
-            (norm.running_var, 0.5, 2.0),
-            (norm.weight, 0.6, 1.4),
-            (norm.bias, -0.2, 0.2),
-        ):
-            assert values is not None
-            values.copy_(low + (high - low) * torch.rand(values.shape, generator=random))
-    for parameter in method.aggregators.parameters():
-        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=random))
+def apart(method: META, seed: int = 5) -> META:
+    """The method with sets and aggregators that differ."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in method.modules():
+            if isinstance(layer, DomainBatchNorm2d):
+                for norm in layer.sets:
+                    norm.running_mean.add_(0.2 * torch.randn(norm.running_mean.shape, generator=random))
+                    norm.running_var.mul_(0.5 + torch.rand(norm.running_var.shape, generator=random))
+        for parameter in method.aggregators.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
     return method
 
 
-def with_settings(method: META, **changes: Any) -> META:
-    """The same weights under other test settings."""
-    other = meta(method.setup.num_ids, **changes)
-    other.load_state_dict(method.state_dict())
-    return other.eval()
-
-
 class Steps:
-    """Steps as the trainer makes them: one optimiser, gradients absent rather than zero, chosen groups only."""
+    """The trainer's update, with its optimiser."""
 
-    def __init__(self, method: META, optimizer: Literal["adam", "sgd"] = "adam") -> None:
+    def __init__(self, method: META, **schedule: Any) -> None:
         self.method = method
-        schedule = Schedule(optimizer=optimizer, learning_rate=0.01, weight_decay=0.1)
-        self.optimizer = build_optimizer(schedule, method.parameter_groups())
+        self.optimizer = build_optimizer(method.setup.schedule, method.parameter_groups())
 
-    def __call__(self, domain: int, step: int = 0) -> Losses:
-        def update(losses: Losses, groups: tuple[str, ...] = ("main",), rule: str = "optimiser") -> None:
-            self.optimizer.zero_grad(set_to_none=True)
-            chosen = [p for group in self.optimizer.param_groups if group["name"] in groups for p in group["params"]]
-            torch.autograd.backward(losses["loss/total"], inputs=chosen)
-            self.optimizer.step()
-
-        return self.method.train_step(batch_of(domain, seed=step), step, update)
-
-    def state(self) -> dict[str, Tensor]:
-        """Weights, buffers and moments, flat."""
-        flat = {name: value.clone() for name, value in self.method.state_dict().items()}
-        for name, parameter in self.method.named_parameters():
-            moments = self.optimizer.state.get(parameter, {})
-            flat |= {f"{name}/{key}": value.clone() for key, value in moments.items() if value is not None}
-        return flat
+    def __call__(self, losses: Losses, groups: tuple[str, ...] = ("main",), rule: str = "optimiser") -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        chosen = [group for group in self.optimizer.param_groups if group["name"] in groups]
+        losses["loss/total"].backward(inputs=[p for group in chosen for p in group["params"]])
+        self.optimizer.step()
 
 
-def slowly(method: META, images: Tensor, domain: int) -> tuple[Tensor, list[Tensor]]:
-    """Maps of expert j by its layers set to evaluation, with a graph; and what entered its layers."""
-    entered: list[Tensor] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0])) for layer in layers(method)
-    ]
-    for layer in layers(method):
-        layer.norm(domain).eval()
-    with method.switch.on(OneSet(domain)):
-        maps: Tensor = method.backbone(images)
-    for layer, hook in zip(layers(method), hooks, strict=True):
-        layer.norm(domain).train(method.training)
-        hook.remove()
-    return maps, entered
+def state(method: META) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in method.state_dict().items()}
 
 
-def slow_distances(method: META, entered: list[Tensor], domain: int, raw: bool = False) -> Tensor:
-    """Eq. (M3), layer by layer and image by image: (N, S)."""
-    found = torch.zeros(len(entered[0]), len(entered))
-    for site, (layer, x) in enumerate(zip(layers(method), entered, strict=True)):
-        norm = layer.norm(domain)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        for i, image in enumerate(x.detach().flatten(2)):
-            mean_gap, deviation_gap = image.mean(1) - norm.running_mean, image.std(1) - norm.running_var.sqrt()
-            total = float(mean_gap @ mean_gap + deviation_gap @ deviation_gap)
-            found[i, site] = (total / (1 if raw else norm.num_features)) ** 0.5
-    return found
-
-
-def slow_branch(method: META, images: Tensor) -> Tensor:
-    """Eq. (M2) by hand in the small network: up to stage 3 in the trunk, then the branch's own stage 4."""
-    with method.switch.on(OneSet(method.num_domains)):
-        x = images
-        for name in ("conv1", "bn1", "relu", "layer1", "layer2", "layer3"):
-            x = method.backbone.get_submodule(name)(x)
-    (block,) = method.branch.own
-    maps: Tensor = block(x)
-    return maps
-
-
-# --- experts, Eqs. (M1) and (M3) -------------------------------------------------------------------------------------
+# --- experts ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_equal_sets_make_equal_experts_and_any_mixture_of_them() -> None:
-    method = warmed(meta()).eval()
-    for layer in layers(method):
-        for j in (1, 2):
-            layer.norm(j).load_state_dict(layer.norm(0).state_dict())
-    images = batch_of(0).images
-    experts = [method.expert(images, j) for j in range(3)]
-    maps, distances = zip(*experts, strict=True)
-    for j in (1, 2):
-        assert torch.equal(maps[j], maps[0])
-        assert torch.equal(distances[j], distances[0])
-    weights = torch.rand(6, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
-    torch.testing.assert_close(mixture(weights, maps), maps[0])
-    encoded = [with_settings(method, meta_test_weights=w)(images) for w in ("uniform", "distance", "learned")]
-    torch.testing.assert_close(encoded[0], encoded[1])
-    torch.testing.assert_close(encoded[0], encoded[2])
+def test_equal_sets_are_one_expert_whatever_the_weights() -> None:
+    method, images = shaken(meta()).eval(), mixed_batch().images
+    for layer in method.modules():
+        if isinstance(layer, DomainBatchNorm2d):
+            for norm in layer.sets:
+                norm.load_state_dict(layer.sets[0].state_dict())
+    maps = [method.expert(images, domain)[0] for domain in range(3)]
+    assert all(torch.equal(of_expert, maps[0]) for of_expert in maps)
+    weights = torch.rand(12, 3).softmax(1)
+    torch.testing.assert_close(mixture(weights, maps), maps[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_step_on_a_domain_leaves_the_sets_and_heads_of_others_to_the_bit(optimizer: str) -> None:
+    """After steps on domains 1 and 2 too, so that there is momentum that could move them."""
+    method = meta(optimizer=optimizer, weight_decay=0.1)
+    update = Steps(method)
+    for step in range(6):
+        method.train_step(pure_batch(step % 3, step), step, update)
+    before = state(method)
+    method.train_step(pure_batch(0, 9), 9, update)
+    theirs = (".sets.1.", ".sets.2.", "head.necks.1", "head.necks.2", "head.classifiers.1", "head.classifiers.2")
+    checked = 0
+    for name, value in method.state_dict().items():
+        if any(part in f".{name}" for part in theirs):
+            assert torch.equal(value, before[name]), name
+            checked += 1
+    assert checked > 100
+    changed = [name for name, value in method.state_dict().items() if not torch.equal(value, before[name])]
+    for part in (".sets.0.", ".sets.3.", "head.necks.0", "head.classifiers.0", "head_global", "branch", "conv1.weight"):
+        assert any(part in name for name in changed), part
+    assert not any("aggregators.0." in name for name in changed), "no image of domain 0 has expert 0 in its mixture"
+    assert any("aggregators.1." in name for name in changed)
+
+
+def test_foreign_experts_without_gradient_are_detached_ones() -> None:
+    """(M1) and (M5): the gradients of a step equal those with foreign maps computed with a graph and detached."""
+    method, batch = apart(shaken(meta())), pure_batch(1)
+    other = copy.deepcopy(method)
+    original = META.expert
+
+    def with_graph(self: META, images: Tensor, domain: int) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            maps = self._maps(images, OneSet(domain, running=True))
+        return maps.detach(), original(self, images, domain)[1]
+
+    method.training_losses(batch, 0)["loss/total"].backward()
+    other.expert = with_graph.__get__(other)
+    other.training_losses(batch, 0)["loss/total"].backward()
+    theirs = dict(other.named_parameters())
+    for name, parameter in method.named_parameters():
+        assert (parameter.grad is None) == (theirs[name].grad is None), name
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, theirs[name].grad), name
+
+
+def test_foreign_experts_leave_no_trace() -> None:
+    method = apart(meta())
+    before = state(method)
+    method.expert(mixed_batch().images, 2)
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+
+
+# --- (M3) and (M4) ---------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("scale", ["sqrt_c", "raw"])
-def test_an_expert_on_any_images_equals_the_loop_and_leaves_no_trace(scale: str, training: bool) -> None:
-    method = warmed(meta(meta_relevance_scale=scale)).train(training)
-    before = copy.deepcopy(method.state_dict())
-    images = batch_of(0).images[:2]
-    maps, distances = method.expert(images, 1)
-    expected, entered = slowly(method, images, 1)
-    torch.testing.assert_close(maps, expected.detach())
-    assert distances.shape == (2, SITES)
-    torch.testing.assert_close(distances, slow_distances(method, entered, 1, scale == "raw"), rtol=1e-4, atol=1e-5)
-    assert not maps.requires_grad
-    assert not distances.requires_grad
-    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+@torch.no_grad()
+def test_distances_equal_loops(scale: str) -> None:
+    method, images = apart(shaken(meta(meta_relevance_scale=scale))), mixed_batch().images[:3]
+    entered: list[Tensor] = []
+    layers = [m for m in method.backbone.modules() if isinstance(m, DomainBatchNorm2d)]
+    hooks = [layer.register_forward_pre_hook(lambda m, inputs: entered.append(inputs[0])) for layer in layers]
+    _, found = method.expert(images, 1)
+    for hook in hooks:
+        hook.remove()
+    assert found.shape == (3, len(entered)) == (3, 12)
+    order = [m for m in method.backbone.modules() if isinstance(m, DomainBatchNorm2d)]
+    by_input = {id(x): layer for x, layer in zip(entered, _in_order(method, images), strict=True)}
+    for place, x in enumerate(entered):
+        norm, channels = by_input[id(x)].sets[1], x.shape[1]
+        for i in range(3):
+            total = 0.0
+            for c in range(channels):
+                values = x[i, c].flatten()
+                total += float(norm.running_mean[c] - values.mean()) ** 2
+                total += float(norm.running_var[c].sqrt() - values.std(correction=1)) ** 2
+            expected = (total if scale == "raw" else total / channels) ** 0.5
+            assert float(found[i, place]) == pytest.approx(expected, rel=1e-3)
+    assert len(order) == 12
+
+
+def _in_order(method: META, images: Tensor) -> list[DomainBatchNorm2d]:
+    """The layers in the order of a pass."""
+    seen: list[DomainBatchNorm2d] = []
+    layers = [m for m in method.backbone.modules() if isinstance(m, DomainBatchNorm2d)]
+    hooks = [layer.register_forward_pre_hook(lambda m, inputs: seen.append(m)) for layer in layers]
+    method.expert(images, 1)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@torch.no_grad()
+def test_weights_sum_to_one_and_begin_uniform() -> None:
+    method = meta()
+    distances = [torch.rand(5, 12, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    torch.testing.assert_close(method.test_weights(distances), torch.full((5, 3), 1 / 3))
+    trained = apart(method)
+    weights = trained.test_weights(distances)
+    torch.testing.assert_close(weights.sum(1), torch.ones(5))
+    assert not torch.allclose(weights, torch.full((5, 3), 1 / 3), atol=1e-3)
+    torch.testing.assert_close(trained.learned_weights([2], distances[2:]), torch.ones(5, 1))
+    by_hand = torch.cat([trained.aggregators[j](distances[j]) for j in (0, 2)], 1).softmax(1)
+    torch.testing.assert_close(trained.learned_weights([0, 2], [distances[0], distances[2]]), by_hand)
+
+
+def test_near_and_far_are_mirror_images() -> None:
+    """For two experts a_near + a_far = 1 for each; the release's `far` takes the farthest."""
+    near, far = (
+        build("meta", (5, 7), meta_test_weights="distance", meta_relevance_sign=sign) for sign in ("near", "far")
+    )
+    assert isinstance(near, META)
+    assert isinstance(far, META)
+    distances = [torch.rand(4, 12), torch.rand(4, 12) + 0.5]
+    torch.testing.assert_close(near.test_weights(distances) + far.test_weights(distances), torch.ones(4, 2))
+    assert bool((near.test_weights(distances)[:, 0] > 0.5).all())
+    assert bool((far.test_weights(distances)[:, 0] < 0.5).all())
+    assert (near.inference, far.inference, meta().inference) == ("distance near", "distance far", "learned")
+
+
+def test_an_aggregator_is_linear_and_its_start_gives_uniform_weights_with_a_gradient() -> None:
+    zero, kaiming = aggregator(12, "zero"), aggregator(12, "kaiming")
+    a, b = torch.rand(4, 12), torch.rand(4, 12)
+    assert torch.equal(zero(a), torch.zeros(4, 1))
+    torch.testing.assert_close(kaiming(a + b), kaiming(a) + kaiming(b), rtol=1e-3, atol=1e-4)
+    zero(a).sum().backward()
+    assert zero[1].weight.grad is not None
+    assert bool((zero[1].weight.grad != 0).any())
+
+
+# --- (M5) to (M7) ----------------------------------------------------------------------------------------------------
+
+
+def test_losses_are_those_of_the_equations() -> None:
+    changes = {"meta_consistency_weight": 0.7, "triplet_weight": 0.6, "label_smoothing": 0.2}
+    method, batch = apart(shaken(meta(**changes))), pure_batch(1)
+    other = copy.deepcopy(method)
+    losses = method.training_losses(batch, 0)
+    with other.switch.on(OneSet(1)):
+        own = gem(other.backbone(batch.images), 3.0)
+    with torch.no_grad():
+        theirs = {j: other.expert(batch.images, j) for j in (0, 2)}
+    logits = torch.cat([other.aggregators[j](theirs[j][1]) for j in (0, 2)], 1)
+    a = logits.softmax(1)
+    mixed = gem(sum(a[:, n, None, None, None] * theirs[j][0] for n, j in enumerate((0, 2))), 3.0)
+    with other.switch.on(OneSet(3)):
+        steps = dict(other.backbone.steps())
+        x = batch.images
+        for name in other.branch.shared:
+            x = steps[name](x)
+    for step in other.branch.own:
+        x = step(x)
+    beside = gem(x, 3.0)
+    joint = batch.labels + NUM_IDS[0]
+    expected = {
+        "loss/id": identity_loss(other.head(own, 1), batch.labels, 0.2),
+        "loss/triplet": batch_hard_triplet_loss(own, batch.labels, 0.3),
+        "loss/id_global": identity_loss(other.head_global(beside, 0), joint, 0.2),
+        "loss/triplet_global": batch_hard_triplet_loss(beside, joint, 0.3),
+        "loss/consistency": _slow_consistency(mixed, own.detach(), batch.labels),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    weights = {"id": 1, "triplet": 0.6, "id_global": 1, "triplet_global": 0.6, "consistency": 0.7}
+    total = sum(weight * losses[f"loss/{name}"] for name, weight in weights.items())
+    torch.testing.assert_close(losses["loss/total"], total)
+
+
+def _slow_consistency(mixed: Tensor, own: Tensor, labels: Tensor) -> Tensor:
+    """(M6) with loops."""
+    count, farther, nearer = len(labels), [], []
+    for i in range(count):
+        same = [j for j in range(count) if labels[j] == labels[i]]
+        rest = [j for j in range(count) if labels[j] != labels[i]]
+        far = [max((z[i] - z[j]).norm() for j in same) for z in (mixed, own)]
+        near = [min((z[i] - z[j]).norm() for j in rest) for z in (mixed, own)]
+        farther.append((far[0] - far[1]).clamp_min(0))
+        nearer.append((near[1] - near[0]).clamp_min(0))
+    return torch.stack(farther).mean() + torch.stack(nearer).mean()
+
+
+def test_the_consistency_loss_trains_the_aggregators_and_nothing_else() -> None:
+    method = apart(shaken(meta()))
+    losses = method.training_losses(pure_batch(0), 0)
+    losses["loss/consistency"].backward()
+    moved = {name.split(".")[0] for name, p in method.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"aggregators"}
+
+
+def test_without_consistency_no_foreign_expert_is_asked() -> None:
+    method = meta(meta_consistency_weight=0.0, meta_test_weights="uniform")
+    assert method.cost.train_passes == 2
+    assert meta().cost.train_passes == pytest.approx(2 + 2 / 3)
+    assert "loss/consistency" not in method.training_losses(pure_batch(0), 0)
+
+
+# --- (M2): the global branch -----------------------------------------------------------------------------------------
+
+
+def test_the_branch_shares_the_trunks_first_convolutions_and_nothing_else() -> None:
+    """Up to and with the first block of stage 3; IN in stage 4; no other memory is shared, on a CPU neither."""
+    method = meta(backbone="resnet18")
+    assert method.branch.shared[-1] == "layer3.0"
+    assert method.branch.names == ["layer3.1", "layer4.0", "layer4.1"]
+    tensors = {name: value for name, value in method.state_dict(keep_vars=True).items() if value.numel() > 1}
+    storages = [value.untyped_storage().data_ptr() for value in tensors.values()]
+    assert len(storages) == len(set(storages)), "two names, one memory"
+    norms = [type(m) for m in method.branch.own.modules() if isinstance(m, InstanceSite | torch.nn.BatchNorm2d)]
+    assert norms.count(InstanceSite) == 5
+    assert norms.count(torch.nn.BatchNorm2d) == 2
+    layers = [m for m in method.backbone.modules() if isinstance(m, DomainBatchNorm2d)]
+    beside = [len(layer.sets) for layer in layers]
+    assert beside.count(4) == 13, "stem, stages 1 and 2, and the first block of stage 3 with its shortcut"
+    assert beside.count(3) == len(layers) - 13
+
+
+def test_the_branch_keeps_statistics_in_its_own_set() -> None:
+    method = meta()
+    before = state(method)
+    method.branch(mixed_batch().images, method.backbone, method.switch, 3)
+    changed = {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(".sets.3." in name for name in changed), "stage 4 has IN, which keeps none"
+
+
+# --- freezing, test, refusals ----------------------------------------------------------------------------------------
+
+
+def test_the_trunk_is_frozen_for_so_many_steps() -> None:
+    method = meta(meta_freeze_steps=2)
+    update, before = Steps(method), state(method)
+    for step in range(2):
+        method.train_step(pure_batch(step, step), step, update)
+    trunk = {f"backbone.{n}.weight" for n, m in method.backbone.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    now = method.state_dict()
+    assert all(torch.equal(now[name], before[name]) for name in trunk)
+    assert not torch.equal(now["branch.own.0.conv1.weight"], before["branch.own.0.conv1.weight"])
+    method.train_step(pure_batch(2, 2), 2, update)
+    assert not any(torch.equal(method.state_dict()[name], before[name]) for name in trunk)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"meta_test_weights": "uniform"}, {"meta_test_weights": "distance"},
+     {"meta_test_weights": "distance", "meta_relevance_sign": "far"}],
+)  # fmt: skip
+@torch.no_grad()
+def test_features_are_mixture_and_branch_side_by_side(changes: dict[str, str]) -> None:
+    method, images = apart(shaken(meta(**changes))).eval(), mixed_batch(3).images[:4]
+    found = [method.expert(images, j) for j in range(3)]
+    distance = torch.stack([w.sum(1) for _, w in found], 1)
+    weights = {
+        "learned": torch.cat([method.aggregators[j](found[j][1]) for j in range(3)], 1).softmax(1),
+        "uniform": torch.full((4, 3), 1 / 3),
+        "distance near": (-distance).softmax(1),
+        "distance far": distance.softmax(1),
+    }[method.inference]
+    mixed = gem(sum(weights[:, j, None, None, None] * found[j][0] for j in range(3)), 3.0) / (1 + 1e-5) ** 0.5
+    beside = gem(method.branch(images, method.backbone, method.switch, 3), 3.0)
+    joined = torch.cat([mixed, method.head_global.necks[0](beside)], 1)
+    assert joined.shape[1] == 2 * method.backbone.channels
+    torch.testing.assert_close(method(images), F.normalize(joined), rtol=1e-3, atol=1e-5)
+
+
+def test_settings_that_would_say_nothing_are_refused() -> None:
+    with pytest.raises(UsageError, match="meta_relevance_sign: far says nothing with meta_test_weights=learned; set"):
+        meta(meta_relevance_sign="far")
+    with pytest.raises(UsageError, match="meta_consistency_weight: at 0 nothing trains the aggregators"):
+        meta(meta_consistency_weight=0.0)
+    with pytest.raises(UsageError, match="source domain"):
+        build("meta", (5,))
+
+
+# --- what is easily got wrong ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("raw", [True, False])
 def test_distance_is_zero_where_an_image_has_the_experts_statistics(raw: bool) -> None:
-    method = warmed(meta())
-    layer = layers(method)[3]
+    method = apart(meta())
+    layer = method.backbone.get_submodule("layer2.0.bn1")
+    assert isinstance(layer, DomainBatchNorm2d)
     norm = layer.norm(2)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     x = torch.randn(2, norm.num_features, 4, 3, generator=torch.Generator().manual_seed(0))
     var, mean = torch.var_mean(x[1], dim=(1, 2), keepdim=True)
-    scale = (norm.running_var[:, None, None] / var).sqrt()
-    x[1] = (x[1] - mean) * scale + norm.running_mean[:, None, None]
+    x[1] = (x[1] - mean) * (norm.running_var[:, None, None] / var).sqrt() + norm.running_mean[:, None, None]
     with method.switch.on(OneSet(2)), site_distances(layer, raw) as found:
         layer(x)
     assert found[0][1] < 1e-5 < 0.1 < found[0][0]
-
-
-def test_maps_of_one_pixel_have_no_distance() -> None:
-    method = meta()
-    layer = layers(method)[0]
-    with method.switch.on(OneSet(0, running=True)), site_distances(layer), pytest.raises(UsageError, match="image_hei"):
-        layer(torch.randn(2, 24, 1, 1))
-
-
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_a_step_leaves_the_other_domains_alone_with_their_moments(optimizer: Literal["adam", "sgd"]) -> None:
-    """Sets, necks and classifiers of the others; the aggregator of the shown domain, which does not vote."""
-    steps = Steps(warmed(meta()), optimizer)
-    for step in range(6):
-        steps(step % 3, step)
-    before = steps.state()
-    steps(1, 6)
-    after = steps.state()
-    assert after.keys() == before.keys()
-    still = {name for name, value in before.items() if torch.equal(after[name], value)}
-
-    def foreign(name: str) -> bool:
-        of_sets = any(f".sets.{j}." in name for j in (0, 2))
-        of_heads = name.startswith(tuple(f"head.{part}.{j}." for part in ("necks", "classifiers") for j in (0, 2)))
-        return of_sets or of_heads or name.startswith("aggregators.1.")
-
-    constant = {name for name in before if name.startswith(("head", "head_global")) and name.endswith(".bias")}
-    assert {name for name in before if foreign(name)} | constant == still | constant
-    assert sum(".sets.3." in name and name.endswith("running_var") for name in before) == SITES - 3
-    assert sum(foreign(name) for name in before) > 2 * SITES * 5
-
-
-# --- the step, Eqs. (M4) to (M7) -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scale", ["sqrt_c", "raw"])
-def test_step_equals_the_equations(scale: str) -> None:
-    """Values and gradients by hand, with foreign experts that keep their graph and are detached behind it."""
-    method = warmed(meta(meta_relevance_scale=scale, meta_consistency_weight=0.7, triplet_weight=0.8))
-    with torch.no_grad():  # weights that are neither uniform nor one-hot
-        for parameter in method.aggregators.parameters():
-            parameter.mul_(1.5 if scale == "sqrt_c" else 0.3)
-    reference = copy.deepcopy(method)
-    data = batch_of(1, seed=5)
-    labels, (domain, foreign) = data.labels, (1, (0, 2))
-
-    logits, theirs = [], []
-    for j in foreign:
-        maps, entered = slowly(reference, data.images, j)
-        w = slow_distances(reference, entered, j, scale == "raw")
-        first, last = reference.aggregators[j]  # type: ignore[misc]
-        logits.append((w @ first.weight.T + first.bias) @ last.weight.T + last.bias)
-        theirs.append(maps.detach())
-    a = torch.cat(logits, 1).exp()
-    a = a / a.sum(1, keepdim=True)
-    assert 0.02 < float(a.detach().min()) < 0.45
-    mixed = gem(sum(a[:, n, None, None, None] * theirs[n] for n in range(2)), 3.0)  # type: ignore[arg-type]
-    with reference.switch.on(OneSet(domain)):
-        own = gem(reference.backbone(data.images), 3.0)
-    of_branch = gem(slow_branch(reference, data.images), 3.0)
-    terms = {
-        "loss/id": identity_loss(reference.head(own, domain), labels, 0.1),
-        "loss/triplet": batch_hard_triplet_loss(own, labels, 0.3),
-        "loss/id_global": identity_loss(reference.head_global(of_branch, 0), labels + NUM_IDS[0], 0.1),
-        "loss/triplet_global": batch_hard_triplet_loss(of_branch, labels, 0.3),
-        "loss/consistency": slow_consistency(mixed, own.detach(), labels),
-    }
-    total = terms["loss/id"] + 0.8 * terms["loss/triplet"] + terms["loss/id_global"]
-    total = total + 0.8 * terms["loss/triplet_global"] + 0.7 * terms["loss/consistency"]
-
-    losses = method.training_losses(data, 0)
-    assert float(losses["loss/consistency"].detach()) > 0
-    for name, value in {**terms, "loss/total": total}.items():
-        torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-5, msg=name)
-    losses["loss/total"].backward()
-    total.backward()
-    for (name, one), (_, other) in zip(method.named_parameters(), reference.named_parameters(), strict=True):
-        assert (one.grad is None) == (other.grad is None), name
-        if other.grad is not None:
-            torch.testing.assert_close(one.grad, other.grad, rtol=2e-3, atol=2e-5, msg=name)
-    for key, value in method.state_dict().items():
-        torch.testing.assert_close(value, reference.state_dict()[key], msg=key)
-
-
-def slow_consistency(mixed: Tensor, own: Tensor, labels: Tensor) -> Tensor:
-    """Eq. (M6) by loops."""
-
-    def hardest(e: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        apart = [(e[i] - e[n]).norm() for n in range(len(e))]
-        same = [apart[n] for n in range(len(e)) if n != i and labels[n] == labels[i]]
-        return torch.stack(same).max(), torch.stack([apart[n] for n in range(len(e)) if labels[n] != labels[i]]).min()
-
-    terms = []
-    for i in range(len(mixed)):
-        (near, far), (aim_near, aim_far) = hardest(mixed, i), hardest(own, i)
-        terms.append(F.relu(near - aim_near) + F.relu(aim_far - far))
-    return torch.stack(terms).mean()
-
-
-def test_consistency_equals_loops_and_is_zero_for_what_is_no_harder() -> None:
-    random = torch.Generator().manual_seed(0)
-    mixed, own = (torch.randn(6, 4, generator=random, requires_grad=True) for _ in range(2))
-    labels = torch.tensor([0, 0, 1, 1, 2, 2])
-    loss = relation_loss(mixed, own, labels)
-    torch.testing.assert_close(loss, slow_consistency(mixed, own, labels))
-    loss.backward()
-    assert mixed.grad is not None
-    assert own.grad is None, "the own expert is only looked at"
-    assert float(relation_loss(own, own, labels).detach()) == 0.0
-    assert float(relation_loss(mixed, mixed * torch.tensor([1.0, 1.0, 1.0, 1.5]), labels).detach()) > 0.0
-
-
-def test_consistency_of_a_single_identity_has_positives_only() -> None:
-    mixed = torch.tensor([[0.0], [3.0]], requires_grad=True)
-    own = torch.tensor([[0.0], [1.0]])
-    loss = relation_loss(mixed, own, torch.tensor([4, 4]), part=True)
-    assert float(loss.detach()) == pytest.approx(2.0)
-    loss.backward()
-    assert mixed.grad is not None
-    assert mixed.grad.isfinite().all()
-    with pytest.raises(ValueError, match="two identities"):
-        relation_loss(mixed, own, torch.tensor([4, 4]))
-
-
-def test_consistency_is_zero_where_the_mixture_is_the_own_map() -> None:
-    """All sets hold the statistics of this very batch, layer by layer: so every expert is the own one."""
-    method = meta()
-    data = batch_of(0)
-    biased(method, data.images)
-    losses = method.training_losses(data, 0)
-    assert float(losses["loss/consistency"].detach()) < 1e-3
-    assert float(meta().training_losses(data, 0)["loss/consistency"].detach()) > 0.1
+    one_pixel = torch.zeros(2, norm.num_features, 1, 1)
+    with method.switch.on(OneSet(2, running=True)), site_distances(layer), pytest.raises(UsageError, match="image_hei"):
+        layer(one_pixel)
 
 
 @torch.no_grad()
-def biased(method: META, images: Tensor) -> None:
-    """Give every set the biased batch statistics, by which a batch is normalised in training."""
+def test_consistency_is_zero_where_the_mixture_is_the_own_map() -> None:
+    """Every set holds the statistics by which this very batch is normalised, so every expert is the own one."""
+    method, batch = meta(), pure_batch(0)
 
     def fit(layer: DomainBatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
         var, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
@@ -332,186 +389,30 @@ def biased(method: META, images: Tensor) -> None:
             norm.running_mean.copy_(mean)  # type: ignore[operator, union-attr]
             norm.running_var.copy_(var)  # type: ignore[operator, union-attr]
 
-    hooks = [layer.register_forward_pre_hook(fit) for layer in layers(method)]
-    with method.switch.on(OneSet(0, running=True)):
-        method.backbone(images)
+    before = method.training_losses(batch, 0)["loss/consistency"]
+    hooks = [m.register_forward_pre_hook(fit) for m in method.backbone.modules() if isinstance(m, DomainBatchNorm2d)]
+    method.expert(batch.images, 0)
     for hook in hooks:
         hook.remove()
-
-
-def test_consistency_trains_the_voting_aggregators_and_nothing_else() -> None:
-    method = warmed(meta())
-    names, parameters = zip(*[(n, p) for n, p in method.named_parameters() if p.requires_grad], strict=True)
-    found = torch.autograd.grad(
-        method.training_losses(batch_of(1), 0)["loss/consistency"], parameters, allow_unused=True
-    )
-    reached = {name for name, gradient in zip(names, found, strict=True) if gradient is not None}
-    assert reached == {name for name in names if name.startswith(("aggregators.0.", "aggregators.2."))}
-    assert all(gradient.abs().sum() > 0 for gradient in found if gradient is not None and gradient.ndim == 2)
-
-
-def test_without_consistency_no_foreign_expert_passes() -> None:
-    method = meta(meta_consistency_weight=0.0, meta_test_weights="uniform")
-    seen: list[int] = []
-    method.backbone.conv1.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    losses = method.training_losses(batch_of(0), 0)
-    assert sum(seen) == 2 * 6
-    assert "loss/consistency" not in losses
-    assert method.cost.train_passes == 2
-    assert meta().cost.train_passes == pytest.approx(2 + 2 / 3)
-    losses["loss/total"].backward()
-    assert all(p.grad is None for p in method.aggregators.parameters())
-
-
-def test_the_trunk_waits_while_it_is_frozen() -> None:
-    steps = Steps(warmed(meta(meta_freeze_steps=2)))
-    trunk = {n for n, m in steps.method.backbone.named_modules() if isinstance(m, nn.Conv2d)}
-    names = {f"backbone.{name}.weight" for name in trunk}
-    before = steps.state()
-    for step in range(2):
-        steps(step, step)
-    frozen = steps.state()
-    assert all(torch.equal(frozen[name], before[name]) for name in names)
-    assert not any(name.startswith(tuple(names)) and "/" in name for name in frozen), "no moments"
-    for moved in ("branch.own.0.conv1.weight", "backbone.layer4.0.bn1.sets.0.weight", "head.classifiers.1.weight"):
-        assert not torch.equal(frozen[moved], before[moved]), moved
-    steps(0, 2)
-    assert not any(torch.equal(steps.state()[name], before[name]) for name in names)
-
-
-# --- aggregators and weights, Eqs. (M4) and (M8) ---------------------------------------------------------------------
-
-
-def test_aggregator_is_linear_and_begins_as_the_settings_say() -> None:
-    torch.manual_seed(0)
-    layer = aggregator(53, "kaiming")
-    assert sum(p.numel() for p in layer.parameters()) == 28_161
-    x, y = torch.randn(5, 53), torch.randn(5, 53)
-    torch.testing.assert_close(layer(x + 2 * y), layer(x) + 2 * layer(y), rtol=1e-4, atol=1e-4)
-    logits = torch.cat([aggregator(53, "kaiming")(torch.ones(1, 53)) for _ in range(200)])
-    assert float(logits.detach().std()) == pytest.approx(2 * 53**0.5, rel=0.2), "twice the length of W"
-    zero = aggregator(53, "zero")
-    assert torch.equal(zero(x), torch.zeros(5, 1))
-    zero(x).sum().backward()
-    assert zero[1].weight.grad.abs().sum() > 0, "zero in both layers would never learn"
-
-
-@torch.no_grad()
-def test_weights_sum_to_one_and_begin_uniform() -> None:
-    method = meta().eval()
-    images = batch_of(0).images
-    experts = [method.expert(images, j) for j in range(3)]
-    maps, distances = zip(*experts, strict=True)
-    fresh = method.test_weights(distances)
-    assert torch.equal(fresh, torch.full((6, 3), 1 / 3))
-    torch.testing.assert_close(mixture(fresh, maps), torch.stack(maps).mean(0))
-    encoded = with_settings(method, meta_test_weights="uniform")(images)
-    torch.testing.assert_close(method(images), encoded)
-    warmed(method)
-    changes: list[dict[str, Any]] = [
-        {"meta_test_weights": "learned"},
-        {"meta_test_weights": "uniform"},
-        {"meta_test_weights": "distance"},
-        {"meta_test_weights": "distance", "meta_relevance_sign": "far"},
-    ]
-    found = []
-    for change in changes:
-        other = with_settings(method, **change)
-        weights = other.test_weights([other.expert(images, j)[1] for j in range(3)])
-        torch.testing.assert_close(weights.sum(1), torch.ones(6))
-        found.append(weights)
-    assert all(not torch.allclose(one, other) for n, one in enumerate(found) for other in found[:n])
-    assert torch.equal(found[2].argsort(1), found[3].argsort(1).flip(1)), "far is near the other way round"
-
-
-@torch.no_grad()
-def test_distance_weights_by_hand_and_near_and_far_of_two() -> None:
-    near = with_settings(warmed(meta((5, 7))), meta_test_weights="distance")
-    far = with_settings(near, meta_test_weights="distance", meta_relevance_sign="far")
-    distances = [torch.tensor([[0.1, 0.2, 0.3], [1.0, 0.0, 0.0]]), torch.tensor([[0.1, 0.1, 0.2], [0.5, 0.5, 1.0]])]
-    of_near, of_far = near.test_weights(distances), far.test_weights(distances)
-    first = 1 / (1 + torch.tensor([0.6 - 0.4, 1.0 - 2.0]).exp())
-    torch.testing.assert_close(of_near, torch.stack([first, 1 - first], dim=1))
-    torch.testing.assert_close(of_near + of_far, torch.ones(2, 2))
-    assert (near.inference, far.inference) == ("distance near", "distance far")
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("weights", ["learned", "distance"])
-def test_features_are_the_mixture_beside_the_global_branch(weights: str) -> None:
-    """Eq. (M8) by hand from K passes; the lengths of both parts decide their share."""
-    method = with_settings(warmed(meta()), meta_test_weights=weights)
-    neck = method.head_global.necks[0]
-    neck.running_mean.normal_(generator=torch.Generator().manual_seed(2))  # type: ignore[operator, union-attr]
-    images = batch_of(0).images
-    parts, logits = [], []
-    for j in range(3):
-        maps, entered = slowly(method, images, j)
-        w = slow_distances(method, entered, j)
-        logits.append(method.aggregators[j](w)[:, 0] if weights == "learned" else -w.sum(1))
-        parts.append(maps)
-    a = torch.stack(logits).softmax(0)
-    mixed = gem(torch.einsum("kb,kbdhw->bdhw", a, torch.stack(parts)), 3.0)
-    of_branch = neck(gem(slow_branch(method, images), 3.0))
-    both = torch.cat([nn.BatchNorm1d(192).eval()(mixed), of_branch], dim=1)
-    encoded = method(images)
-    assert encoded.shape == (6, 2 * 192)
-    torch.testing.assert_close(encoded, both / both.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(encoded.norm(dim=1), torch.ones(6))
-    assert method.inference.split()[0] == weights
+    assert float(method.training_losses(batch, 0)["loss/consistency"]) < 1e-3 < 0.1 < float(before)
 
 
 def test_two_sources_mix_the_other_expert_and_train_no_aggregator() -> None:
-    method = warmed(meta((5, 7)))
-    losses = method.training_losses(batch_of(0), 0)
+    method = build("meta", (5, 7))
+    losses = method.training_losses(pure_batch(0), 0)
     assert float(losses["weights/largest"]) == 1.0
     losses["loss/total"].backward()
+    assert isinstance(method, META)
     assert all(p.grad is not None and not p.grad.any() for p in method.aggregators[1].parameters())
-    with pytest.raises(UsageError, match="set meta_aggregator_init=zero"):
-        meta((5, 7), meta_aggregator_init="kaiming")
-    meta((5, 7), meta_aggregator_init="kaiming", meta_test_weights="distance")
+    with pytest.raises(UsageError, match=r"meta_aggregator_init: .* random; set meta_aggregator_init=zero"):
+        build("meta", (5, 7), meta_aggregator_init="kaiming")
+    build("meta", (5, 7), meta_aggregator_init="kaiming", meta_test_weights="distance")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"meta_relevance_sign": "far"}, "meta_relevance_sign: far .*; set meta_test_weights=distance"),
-        ({"meta_consistency_weight": 0.0}, "meta_consistency_weight: at 0 .*; set meta_test_weights=uniform"),
-    ],
-)
-def test_settings_without_effect_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        meta(**changes)
-
-
-def test_one_source_is_refused() -> None:
-    with pytest.raises(UsageError, match="2 or more source domains"):
-        meta((5,))
-
-
-# --- what it consists of ---------------------------------------------------------------------------------------------
-
-
-def test_nothing_shares_storage_but_what_is_shared_by_name() -> None:
-    """The release's sets are one tensor on a CPU."""
-    method = meta()
-    where = [value.data_ptr() for value in method.state_dict().values()]
-    assert len(where) == len(set(where))
-    before = method.branch.own[0].state_dict()["conv1.weight"].clone()
-    with torch.no_grad():
-        method.backbone.get_parameter("layer4.0.conv1.weight").zero_()
-    assert torch.equal(method.branch.own[0].state_dict()["conv1.weight"], before)
-
-
-@pytest.mark.parametrize("stages", [1, 2])
-def test_small_shares_stage_three_and_owns_stage_four(stages: int) -> None:
-    backbone = build_backbone("small" if stages == 1 else "resnet18")
-    branch = GlobalBranch(backbone)
-    instance = [m for m in branch.modules() if isinstance(m, InstanceSite)]
-    batch = [m for m in branch.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(branch.own) == (1 if stages == 1 else 3)
-    assert len(instance) == (3 if stages == 1 else 5)
-    assert len(batch) == (0 if stages == 1 else 2)
+def test_the_releases_start_has_logits_of_twice_the_length_of_the_distances() -> None:
+    torch.manual_seed(0)
+    logits = torch.cat([aggregator(53, "kaiming")(torch.ones(1, 53)) for _ in range(200)])
+    assert float(logits.detach().std()) == pytest.approx(2 * 53**0.5, rel=0.2)
 
 
 @pytest.mark.parametrize(("num_domains", "millions"), [(3, 44.26), (4, 44.35)])
@@ -522,16 +423,9 @@ def test_parameters_of_a_resnet50(num_domains: int, millions: float) -> None:
         steps = dict(backbone.steps())
         use_domain_norm(backbone, num_domains, one_beside=[steps[name] for name in branch.shared])
         aggregators = nn.ModuleList(aggregator(53, "zero") for _ in range(num_domains))
-    norms = [m for m in backbone.modules() if isinstance(m, DomainBatchNorm2d)]
-    assert len(norms) == 53
-    assert sum(len(norm.sets) == num_domains + 1 for norm in norms) == 28
+    layers = [m for m in backbone.modules() if isinstance(m, DomainBatchNorm2d)]
+    assert [len(layer.sets) for layer in layers].count(num_domains + 1) == 28
     assert sum(p.numel() for p in branch.parameters()) == pytest.approx(20.55e6, abs=5e3)
+    assert sum(p.numel() for p in aggregators.parameters()) == num_domains * 28_161
     total = sum(p.numel() for part in (backbone, branch, aggregators) for p in part.parameters())
     assert total / 1e6 == pytest.approx(millions, abs=0.005)
-    assert sum(isinstance(m, InstanceSite) for m in branch.modules()) == 10
-
-
-def test_average_of_sets_leaves_the_branchs_out() -> None:
-    layer = layers(warmed(meta()))[0]
-    assert (len(layer.sets), layer.num_domains) == (4, 3)
-    assert [len(one.sets) for one in layers(meta())] == [4] * 9 + [3] * 3

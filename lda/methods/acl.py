@@ -2,9 +2,9 @@
 
 Every stage ends in a block that normalises each image by itself and in a bank of thin blocks that a router mixes per
 image (`lda/parts/routed_blocks.py`, (A1) to (A5)). Two losses shape the routing by domain, and every n-th step a meta
-step asks that what is learnt of K - 1 sources helps the one that is held out. Images (B, 3, H, W) of a mixed batch of K
-sources; e = GeM(last map) (B, D), f = n(e) behind the BNNeck n (without shift), u = f / |f|; w_s (B, E) the routing of
-stage s of S; l2: to length one; C_y (D) a learnt centre of every identity of every source.
+step asks that what is learnt of K - 1 sources helps the one that is held out, h. Images (B, 3, H, W) of a mixed batch
+of K sources; e = GeM(last map) (B, D), f = n(e) behind the BNNeck n (without shift), u = f / |f|; w_s (B, E) the
+routing of stage s of S; l2: to length one; C_y (D) a learnt centre of every identity of every source.
 
     (A6)  r = l2([w_1, ..., w_S])  (B, S E);   c_d = mean of r over the images of domain d, (S E)
           `acl_centre=scalar`: the mean over entries as well, one number, which every entry is compared with
@@ -31,7 +31,8 @@ Costs of ResNet-50: 1.15 forward passes in a test; 1.53 training passes with a m
 moves the routers only. Basic-block networks are given a block more a stage: 2.1 and 2.8 for ResNet-18.
 
 Confidence 90 %, from the release (peterzpy/ACL-DGReID d84c75d: meta_arch/baseline.py, losses/, engine/train_loop.py).
-Paper and release. The paper's centres are vectors (`vector`); the release forgot an axis (`scalar`). With it, (A8)
+Paper and release. We could not open the paper, so its intention is our inference. Centres are meant to be vectors
+(`vector`); the release takes the mean over an axis too many (`scalar`). With it, (A8)
 cannot reach its margin of 0.3, since such a mean lies in [0.125, 0.25] for 4 stages of 4 experts, and (A7) pulls all
 routing to uniform. Which parameters (A13) moves: the release's optimiser names the routers and moves all, because its
 freezing is never on (`acl_meta_params=router`, `all`). That half of the experts begin with IN follows from one IBN over
@@ -93,7 +94,7 @@ class ACLSettings(IdentitySettings):
         "plain", "the other blocks: as they are, or with IBN-a in stages 1 to 3", "ACL: ibn_a"
     )
     acl_centre: Centre = setting(
-        "vector", "c_d of (A6): per entry of the routing vector, or one number", "ACL's paper; its release scalar"
+        "vector", "c_d of (A6): per entry of the routing vector, or one number", "inferred; ACL's release scalar"
     )
     acl_intra_margin: float = setting(0.1, "m1 of (A7)", "ACL", low=0.0, high=2.0, search=Range(0.0, 0.5))
     acl_inter_margin: float = setting(0.3, "m2 of (A8)", "ACL", low=0.0, high=2.0, search=Range(0.1, 1.0))

@@ -152,7 +152,7 @@ class Centres(nn.Module):
         mean.index_add_(0, which, vectors.float())
         mean /= which.bincount(minlength=len(identities))[:, None]
         moved = self.momentum * self.rows[identities] + (1.0 - self.momentum) * mean
-        self.rows[identities] = F.normalize(torch.where(self.seen[identities, None], moved, mean))
+        self.rows[identities] = F.normalize(moved)  # at first the old row is zero
         self.seen[identities] = True
 
 
