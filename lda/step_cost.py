@@ -11,7 +11,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,12 @@ class _Steps:
         return number() / images
 
 
-def table(config: Config, names: Sequence[str], task: Task, rounds: int) -> str:
-    """A line per method: declared and counted passes, and time over the plain step's."""
-    own = {key: value for key, value in config.to_dict().items() if key != "method"}
-    common = {key: value for key, value in own.items() if key not in config.method.settings.to_dict()}
-    steps = {name: _Steps(preset("real", **{**common, "method": name}), task) for name in names}
+def table(recipe: str, changes: Mapping[str, Any], names: Sequence[str], task: Task, rounds: int) -> str:
+    """A line per method: declared and counted passes, and time over the plain step's.
+
+    recipe: the preset; changes: settings that differ from it, which all methods share.
+    """
+    steps = {name: _Steps(preset(recipe, **{**changes, "method": name}), task) for name in names}
     for _, one in itertools.product(range(rounds), steps.values()):
         one.time_one()
     plain = steps[methods.CONTROL]
@@ -122,12 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             methods.find(name)
         if options.rounds < 1:
             raise UsageError(f"--rounds: expected 1 or more, got {options.rounds}")
-        changes = {"threads": 1, **parse_overrides(options.set)}
-        config = preset("real" if options.data_root else "standin", method=methods.CONTROL, **changes)
+        changes, recipe = {"threads": 1, **parse_overrides(options.set)}, "real" if options.data_root else "standin"
+        config = preset(recipe, method=methods.CONTROL, **changes)
         run, fraction = config.run, config.selection.validation_fraction
         root = options.data_root or ensure_standin()
         task = build_task(run.protocol, run.target, root, config.data, validation_fraction=fraction)
-        print(table(config, list(dict.fromkeys([methods.CONTROL, *names])), task, options.rounds))
+        print(table(recipe, changes, list(dict.fromkeys([methods.CONTROL, *names])), task, options.rounds))
 
     return exit_code(work)
 

@@ -10,7 +10,6 @@ from tasks import make_task
 from torch import nn
 
 from lda import step_cost
-from lda.config import preset
 from lda.step_cost import convolutions_counted, table
 
 
@@ -27,11 +26,11 @@ def test_convolutions_are_counted_forward_and_backward_and_nothing_else() -> Non
 
 def test_the_table_has_what_is_declared_and_what_is_counted(tmp_path: Path) -> None:
     small = {"image_height": 32, "image_width": 16, "ids_per_batch": 6, "images_per_id": 2, "warmup_epochs": 0}
-    config = preset("standin", method="baseline", threads=1, **small)
-    lines = table(config, ["baseline", "two_path"], make_task(tmp_path, 2), rounds=2).splitlines()
+    changes = {"threads": 1, **small}
+    lines = table("standin", changes, ["baseline", "lda"], make_task(tmp_path, 2), rounds=2).splitlines()
     cells = {line.split()[0]: [float(cell) for cell in line.split()[1:4]] for line in lines[1:]}
     assert cells["baseline"] == [1, 1, 1]
-    assert cells["two_path"][:2] == pytest.approx([2, 2], abs=0.02)
+    assert cells["lda"][:2] == pytest.approx([2, 2], abs=0.02), "its second path has begun"
 
 
 def test_mistakes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
