@@ -258,9 +258,10 @@ def test_a_walk_over_all_steps_in_parts_is_a_pass(recompute: bool, images: Tenso
     assert torch.equal(parts.eval().walk(images, steps), whole.eval()(images))
 
 
-def test_a_walk_may_go_through_copies() -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_walk_may_go_through_copies(recompute: bool) -> None:
     """Nothing but the given step is run, whatever the backbone holds under its name."""
-    backbone = build_backbone("small", recompute=True)
+    backbone = build_backbone("small", recompute=recompute)
     own = copy.deepcopy(backbone.get_submodule("layer4.0"))
     with torch.no_grad():
         own.conv1.weight.mul_(-1)

@@ -16,6 +16,7 @@ from torchvision.models import resnet18
 from lda.batch import Batch
 from lda.errors import UsageError
 from lda.groups import Schedule
+from lda.methods import meta as meta_file
 from lda.methods.base import Losses
 from lda.methods.meta import META, aggregator, mixture
 from lda.parts.backbones import Backbone, build_backbone, convert_norm
@@ -579,6 +580,19 @@ def test_features_are_the_mixture_beside_the_branch(changes: dict[str, str]) -> 
     torch.testing.assert_close(features, F.normalize(torch.cat([untouched(mixed), of_branch], dim=1)))
     ratio = features[:, :192].norm(dim=1) / features[:, 192:].norm(dim=1)
     torch.testing.assert_close(ratio, untouched(mixed).norm(dim=1) / of_branch.norm(dim=1))
+
+
+@torch.no_grad()
+def test_the_untouched_neck_scales_the_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its factor is too near 1 to be seen in features of fp32, so it is made larger."""
+    assert pytest.approx((1 + 1e-5) ** -0.5, rel=1e-9) == meta_file._FRESH_NECK
+    method, images = meta().eval(), pure_batch(2).images
+    ratios = []
+    for factor in (1.0, 3.0):
+        monkeypatch.setattr(meta_file, "_FRESH_NECK", factor)
+        mixed, of_branch = method(images).split(192, dim=1)
+        ratios.append(mixed.norm(dim=1) / of_branch.norm(dim=1))
+    torch.testing.assert_close(ratios[1], 3 * ratios[0])
 
 
 @torch.no_grad()
