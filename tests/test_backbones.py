@@ -215,3 +215,62 @@ def test_imagenet_weights_without_network_are_one_clear_line(tmp_path, monkeypat
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(UsageError, match=r"could not be downloaded .*; download it elsewhere and set pretrained=FILE"):
         build_backbone("resnet18", "imagenet")
+
+
+def test_steps_are_blocks_and_single_parts_in_the_order_of_a_pass() -> None:
+    assert [name for name, _ in build_backbone("small").steps()] == [
+        "conv1", "bn1", "relu", "layer1.0", "layer2.0", "layer3.0", "layer4.0"
+    ]  # fmt: skip
+    deeper = build_backbone("resnet18")
+    names = [name for name, _ in deeper.steps()]
+    assert names == ["conv1", "bn1", "relu", "maxpool"] + [f"layer{i}.{n}" for i in range(1, 5) for n in range(2)]
+    assert all(step is deeper.get_submodule(name) for name, step in deeper.steps())
+    deeper.insert_after("layer2", "watch", nn.Identity())
+    assert [name for name, _ in deeper.steps()][7:10] == ["layer2.1", "watch", "layer3.0"]
+    deeper.cut_after("layer2")
+    assert [name for name, _ in deeper.steps()][-1] == "layer2.1"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_walk_over_all_steps_in_parts_is_a_pass(recompute: bool, images: Tensor) -> None:
+    """Outputs, gradients and running statistics; every block is recomputed once where the network says so, and what
+    is no block never is."""
+    torch.manual_seed(0)
+    whole = build_backbone("small", recompute=recompute)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(0.1 * torch.rand_like(parameter))
+    parts = copy.deepcopy(whole)
+    calls: dict[str, int] = {}
+    for name, step in parts.steps():
+        step.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
+    steps = parts.steps()
+    y = parts.walk(parts.walk(images, steps[:5]), iter(steps[5:]))
+    expected = whole(images)
+    assert torch.equal(y, expected)
+    y.square().mean().backward()
+    expected.square().mean().backward()
+    assert calls == {name: 1 + (recompute and name.startswith("layer")) for name, _ in steps}
+    for (name, one), (_, other) in zip(parts.named_parameters(), whole.named_parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad), name
+    for key, value in parts.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[key]), key
+    assert torch.equal(parts.eval().walk(images, steps), whole.eval()(images))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_walk_may_go_through_copies(recompute: bool) -> None:
+    """Nothing but the given step is run, whatever the backbone holds under its name."""
+    backbone = build_backbone("small", recompute=recompute)
+    own = copy.deepcopy(backbone.get_submodule("layer4.0"))
+    with torch.no_grad():
+        own.conv1.weight.mul_(-1)
+    x = torch.rand(4, 96, 4, 2, generator=torch.Generator().manual_seed(0))
+    before = copy.deepcopy(backbone.state_dict())
+    y = backbone.walk(x, [("layer4.0", own)])
+    y.sum().backward()
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+    assert own.conv1.weight.grad is not None
+    assert own.bn1.num_batches_tracked == 1, "the second computation writes nothing"
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+    assert not torch.allclose(y, backbone.get_submodule("layer4.0")(x), atol=1e-2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lda.errors import UsageError
 from lda.parts.backbones import Backbone, build_backbone
 from lda.parts.domain_norm import (
     DomainBatchNorm2d,
@@ -224,3 +225,79 @@ def test_distances_equal_a_loop_and_are_zero_at_the_sets_own_statistics() -> Non
         pytest.raises(RuntimeError, match="OneSet"),
     ):
         layer(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_in_training_write_nothing(training: bool) -> None:
+    layer, switch = layer_of(3)
+    layer.train(training)
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.randn(6, 5, 4, 3, generator=torch.Generator().manual_seed(1))
+    plain = nn.BatchNorm2d(5).eval()
+    plain.load_state_dict(layer.norm(1).state_dict())
+    with switch.on(OneSet(1, running=True)):
+        assert torch.equal(layer(x), plain(x))
+        torch.testing.assert_close(layer(x)[:1], layer(x[:1]))
+    assert [key for key, value in layer.state_dict().items() if not torch.equal(value, before[key])] == []
+    if training:
+        with switch.on(OneSet(1)):
+            assert not torch.allclose(layer(x), plain(x), atol=1e-2)
+
+
+def test_a_set_beside_the_domains() -> None:
+    """Set K is there where it is asked for, begins as the others, is chosen like them and is no part of the average."""
+    backbone = build_backbone("small")
+    names = [name for name, module in backbone.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        backbone.get_submodule("layer1.0.bn1").running_mean.add_(0.5)
+    parts = [backbone.get_submodule("bn1"), backbone.get_submodule("layer1.0")]
+    switch = use_domain_norm(backbone, 2, one_beside=parts)
+    layers = {name: backbone.get_submodule(name) for name in names}
+    beside = {name for name, layer in layers.items() if len(layer.sets) == 3}
+    assert beside == {"bn1", "layer1.0.bn1", "layer1.0.bn2"}
+    assert all(len(layer.sets) == 2 for name, layer in layers.items() if name not in beside)
+    layer = layers["layer1.0.bn1"]
+    assert layer.num_domains == 2
+    assert all(torch.equal(norm.running_mean, torch.full((24,), 0.5)) for norm in layer.sets)
+
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.randn(4, 24, 3, 3, generator=torch.Generator().manual_seed(2))
+    with switch.on(OneSet(2)):
+        layer(x)
+    moved = {key for key, value in layer.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {"sets.2.running_mean", "sets.2.running_var", "sets.2.num_batches_tracked"}
+    layer.eval()
+    with switch.on(MeanSet()):
+        mean = layer(x)
+        layer.norm(2).running_mean.add_(5)
+        assert torch.equal(layer(x), mean)
+
+
+def test_raw_distances_are_not_over_the_channels() -> None:
+    layer, switch = layer_of(2)
+    x = torch.randn(3, 5, 4, 3, generator=torch.Generator().manual_seed(4))
+    norm = layer.norm(1)
+    with torch.no_grad():  # image 0 has exactly the statistics of set 1
+        var, mean = torch.var_mean(x[0], dim=(1, 2), keepdim=True)
+        x[0] = (x[0] - mean) / var.sqrt() * norm.running_var.sqrt()[:, None, None] + norm.running_mean[:, None, None]
+    with switch.on(OneSet(1, running=True)), site_distances(layer, raw=True) as raw, site_distances(layer) as scaled:
+        layer(x)
+    for image, found in zip(x[1:], raw[0][1:], strict=True):
+        gaps = [float(image[c].mean() - norm.running_mean[c]) ** 2 for c in range(5)]
+        gaps += [float(image[c].std() - norm.running_var[c].sqrt()) ** 2 for c in range(5)]
+        assert float(found) == pytest.approx(sum(gaps) ** 0.5, rel=1e-5)
+    torch.testing.assert_close(raw[0], scaled[0] * 5**0.5)
+    assert raw[0][0] < 1e-5 < raw[0][1]
+    assert not raw[0].requires_grad
+
+
+def test_distances_need_a_map() -> None:
+    layer, switch = layer_of(2)
+    layer.eval()
+    with switch.on(OneSet(0)), site_distances(layer), pytest.raises(UsageError, match=r"image_height.* 1 x 1"):
+        layer(torch.randn(2, 5, 1, 1))
+    with switch.on(OneSet(0)):
+        layer(torch.randn(2, 5, 1, 1))  # the watch ended, by an error too
+    with switch.on(OneSet(0)), site_distances(layer) as found:
+        layer(torch.randn(2, 5, 2, 1))
+    assert found[0].isfinite().all()
