@@ -91,3 +91,17 @@ def test_relation_of_a_single_identity_has_positives_only() -> None:
     assert torch.isfinite(features.grad).all()
     with pytest.raises(ValueError, match="two identities"):
         losses.relation_loss(features, teacher, labels)
+
+
+def test_the_rounding_of_the_triplet_gradient_is_pinned() -> None:
+    """To the bit: the last digits of a gradient decide a run of 160 steps by points of mAP, and with them every number
+    that was written down. So the norms are one node of the graph, as in the line below."""
+    features = torch.randn(12, 96, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    labels = torch.arange(6).repeat_interleave(2)
+    norms = features.square().sum(1)
+    squared = norms[:, None] + norms[None, :] - 2.0 * features @ features.T
+    distances, same = squared.clamp_min(1e-12).sqrt(), labels[:, None] == labels
+    hardest = distances.masked_fill(~same, 0.0).amax(1) - distances.masked_fill(same, torch.inf).amin(1)
+    (expected,) = torch.autograd.grad((hardest + 0.3).relu().mean(), features)
+    (found,) = torch.autograd.grad(losses.batch_hard_triplet_loss(features, labels, 0.3), features)
+    assert torch.equal(found, expected)

@@ -59,8 +59,11 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """|a_i - b_j|^2 of (N, D) and (M, D), as (N, M) >= 0, in fp32 inside autocast too: a product in bf16 would lose
     all digits of the distance of two features that are close."""
     with torch.autocast(a.device.type, enabled=False):
-        a, b = a.float(), b.float()
-        squared = a.square().sum(1)[:, None] + b.square().sum(1)[None, :] - 2.0 * a @ b.T
+        one = a.float()
+        other = one if b is a else b.float()
+        norms = one.square().sum(1)
+        others = norms if b is a else other.square().sum(1)  # one node of the graph: the gradient's rounding is pinned
+        squared = norms[:, None] + others[None, :] - 2.0 * one @ other.T
     return squared.clamp_min(0.0)
 
 
