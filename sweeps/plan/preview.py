@@ -8,7 +8,6 @@ from lda import methods
 from lda.config import METHOD
 from lda.data.catalogue import title
 from lda.protocols import get_protocol
-from lda.runs import print_method
 from sweeps.plan.compute import train_passes
 from sweeps.plan.spec import StudySpec
 
@@ -50,6 +49,8 @@ def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: 
 
 
 def _named(method: str) -> str:
+    from lda.runs import print_method  # late: --list answers without numpy
+
     return print_method(method, methods.find(method).reconstructed, False)
 
 
