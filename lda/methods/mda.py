@@ -64,7 +64,6 @@ from lda.parts.batch_instance_norm import (
 )
 from lda.parts.camera_statistics import images_of_camera, take_camera_statistics
 from lda.parts.episodes import draw_held_out, inner_gradient, inner_step
-from lda.parts.losses import batch_statistics, scale_of
 from lda.parts.routes import statistics_held
 from lda.settings import Range, setting
 
@@ -241,15 +240,7 @@ class MDA(PlainMethod):
 
     def train_step(self, batch: Batch, step: int, update: Update) -> Losses:
         """Eqs. (M2), (M3) and (M9)."""
-        maps = self.backbone(batch.images)
-        features = self.pooled(maps)
-        identity, triplet = self.identity_terms(self.head, features, self.joint_labels(batch))
-        losses = {
-            "loss/total": identity + self.settings.triplet_weight * triplet,
-            "loss/id": identity,
-            "loss/triplet": triplet,
-            **scale_of(features, batch_statistics(maps.detach())),
-        }
+        features, losses = self.passed(batch)
         update(losses, groups=tuple(self.parameter_groups()))
         if self.learns_gates and step >= self.settings.metabin_warmup:
             shown = batch if batch.extra is None else batch.extra

@@ -36,10 +36,14 @@ class PlainMethod(Method):
 
     def training_losses(self, batch: Batch, step: int) -> Losses:
         """Identity and triplet loss of one mixed batch."""
+        return self.passed(batch)[1]
+
+    def passed(self, batch: Batch) -> tuple[Tensor, Losses]:
+        """e (B, D) of a mixed batch, and `training_losses`."""
         maps = self.backbone(batch.images)
         features = self.pooled(maps)
         identity, triplet = self.identity_terms(self.head, features, self.joint_labels(batch))
-        return {
+        return features, {
             "loss/total": identity + self.settings.triplet_weight * triplet,
             "loss/id": identity,
             "loss/triplet": triplet,

@@ -57,7 +57,7 @@ from lda.groups import Setup
 from lda.methods.base import Losses
 from lda.methods.plain import PlainMethod
 from lda.parts.instance_sites import InstanceSite
-from lda.parts.losses import IdentitySettings, squared_distances
+from lda.parts.losses import Hardest, IdentitySettings, distances_among, hardest_of, squared_distances
 from lda.parts.routes import Switch
 from lda.settings import Range, setting
 
@@ -186,16 +186,14 @@ class Restitution(nn.Module):
 def distances(features: Tensor, distance: Distance) -> Tensor:
     """d of (S6) between all pairs of features (B, C): (B, B)."""
     if distance == "euclidean":
-        return squared_distances(features, features).clamp_min(1e-12).sqrt()
+        return distances_among(features)
     units = F.normalize(features.float())
     return squared_distances(units, units) / 4.0  # |u - v|^2 = 2 - 2 cos
 
 
-def hardest(features: Tensor, labels: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
+def hardest(features: Tensor, labels: Tensor, distance: Distance) -> Hardest:
     """dp and dn of (S6), (B,) each, of features (B, C) and labels (B,)."""
-    found = distances(features, distance)
-    same = labels[:, None] == labels[None, :]
-    return found.masked_fill(~same, 0.0).amax(1), found.masked_fill(same, torch.inf).amin(1)
+    return hardest_of(distances(features, distance), labels[:, None] == labels[None, :])
 
 
 def restitution_loss(pooled: Pooled, labels: Tensor, distance: Distance) -> Tensor:

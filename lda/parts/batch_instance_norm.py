@@ -41,7 +41,7 @@ from lda.parts.backbones import Backbone, convert_norm
 from lda.parts.episodes import draw_held_out, inner_gradient, refuse_recomputation, split_by_domain
 from lda.parts.heads import gem, label_offsets
 from lda.parts.instance_sites import InstanceSite
-from lda.parts.losses import IdentitySettings, batch_hard_triplet_loss, squared_distances
+from lda.parts.losses import IdentitySettings, batch_hard_triplet_loss, distances_among
 from lda.parts.routes import statistics_held
 from lda.settings import Range, setting
 
@@ -220,7 +220,7 @@ def shuffle_loss(features: Tensor, labels: Tensor, domains: Tensor, itself: bool
     domains = domains.to(features.device)
     same_domain = domains[:, None] == domains[None, :]
     other_identity = labels[:, None] != labels[None, :]
-    distances = squared_distances(features, features).clamp_min(1e-12).sqrt()
+    distances = distances_among(features)
     farthest = distances.masked_fill(same_domain, 0.0 if itself else -torch.inf).amax(1)
     nearest = distances.masked_fill(~(same_domain & other_identity), torch.inf).amin(1)
     return F.softplus(farthest - nearest).mean()

@@ -67,6 +67,11 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return squared.clamp_min(0.0)
 
 
+def distances_among(features: Tensor) -> Tensor:
+    """Euclidean distances of features (N, D) to each other, (N, N) in fp32, with a floor under the root."""
+    return squared_distances(features, features).clamp_min(1e-12).sqrt()
+
+
 def batch_hard_triplet_loss(features: Tensor, labels: Tensor, margin: float, part: bool = False) -> Tensor:
     """Mean over anchors of [d(hardest positive) - d(hardest negative) + margin]_+ (Hermans et al., arXiv 1703.07737).
 
@@ -96,7 +101,11 @@ def hardest_distances(features: Tensor, labels: Tensor, part: bool = False) -> H
     same = labels[:, None] == labels[None, :]
     if labels.is_cpu and (bool((same.sum(1) < 2).any()) or (bool(same.all()) and not part)):
         raise ValueError("batch-hard triplets need two images of every identity and two identities in a batch")
-    distances = squared_distances(features, features).clamp_min(1e-12).sqrt()
+    return hardest_of(distances_among(features), same)
+
+
+def hardest_of(distances: Tensor, same: Tensor) -> Hardest:
+    """Of distances (N, N), `same` (N, N) saying which pairs are of one identity."""
     return Hardest(distances.masked_fill(~same, 0.0).amax(1), distances.masked_fill(same, torch.inf).amin(1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
@@ -168,8 +169,14 @@ class StudySpec:
 
     def defaults_of(self, method: str) -> Point:
         """The value of every setting that is swept of a method, where nothing is changed."""
-        config = self.config(self.targets[0], 0, {METHOD.name: method})
-        return {key: config.value(key) for key in self.space(method)}
+        if method not in self._defaults:  # asked for every configuration, once a second
+            config = self.config(self.targets[0], 0, {METHOD.name: method})
+            self._defaults[method] = {key: config.value(key) for key in self.space(method)}
+        return dict(self._defaults[method])
+
+    @functools.cached_property
+    def _defaults(self) -> dict[str, Point]:
+        return {}
 
     @property
     def first_points(self) -> list[Point]:
