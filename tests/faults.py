@@ -4,7 +4,8 @@
 
 Every fault runs a study of real training to its end. A watcher notes when each unit's result.json appears and whether
 it ever changes or vanishes afterwards; metrics.jsonl must hold every step exactly once; the study's storage is read at
-the end. tests/test_faults.py asserts the same.
+the end; every result is compared, to the last digit, with that of the same unit run undisturbed, and every machine's
+table with the others'. tests/test_faults.py asserts the same. The faults are in the fault_*.py files beside this one.
 """
 
 from __future__ import annotations
@@ -14,31 +15,38 @@ import json
 import os
 import random
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
+import fault_disk
+import fault_processes
+import fault_storage
+import fault_wandb
 import optuna
+from fault_arena import FAULTS, RETRIES, Arena, Play, Skip
 from optuna.trial import TrialState
-from postgres import Server, binaries
-from studies import Command, children_of, log_of, wait_for
+from studies import Command
 
+from analysis import report as report_page
+from analysis import tables
+from lda.config import from_mapping
 from lda.files import read_json
-from lda.runs import environment
+from lda.runs import Result, environment, read_unit
+from lda.unit import run_unit
 from sweeps.list.ledger import Configuration, configurations, fault
 from sweeps.list.storage import engine_of, open_storage, storage_url
 
-STEPS = 40
-RETRIES = 2
+__all__ = ["FAULTS", "Skip", "fault_disk", "fault_processes", "fault_storage", "fault_wandb"]
+
+_COMPARED = 10  # units of a study whose results are compared with undisturbed ones
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class Outcome:
         lost: finished units whose result vanished.
         twice: finished units whose result was written again, or whose metrics hold a step twice.
         running: trials left RUNNING in the storage.
+        different: units whose result is not that of an undisturbed run (of ten drawn at random where there are more),
+            and machines whose table is not that of the first or whose report page cannot be made.
         finished: whether every configuration ended and the last command exited as it should.
         failed: configurations given up, each with a reason.
         retried: attempts beyond the first of a configuration.
@@ -60,14 +70,11 @@ class Outcome:
     lost: int
     twice: int
     running: int
+    different: int
     finished: bool
     failed: int
     retried: int
     seconds: float
-
-
-class Skip(Exception):  # noqa: N818
-    """This machine cannot inject the fault; the text says why."""
 
 
 class Watch:
@@ -106,336 +113,6 @@ class Watch:
         return {path for path in self._seen if not path.exists()}
 
 
-@dataclass
-class Arena:
-    """Where a fault plays: one or two machines (folders), one storage. `stack` is what to undo when all is examined."""
-
-    folder: Path
-    data_root: Path
-    stack: ExitStack
-    url: str | None = None
-
-    def command(self, name: str = "a", **options: object) -> Command:
-        """A command of machine `name`."""
-        (self.folder / name).mkdir()
-        spec = {"search": {"trials": 3}, **options}
-        base = {"steps_per_epoch": STEPS, **spec.pop("base", {})}  # type: ignore[dict-item]
-        environment = {"LDA_STORAGE": self.url} if self.url else {}
-        return Command(self.folder / name, self.data_root, base=base, environment=environment, **spec)  # type: ignore[arg-type]
-
-    def server(self) -> Server:
-        """A PostgreSQL server for the fault's studies."""
-        if binaries() is None:
-            raise Skip("no PostgreSQL here: install the package postgresql")
-        server = Server()
-        self.stack.callback(server.remove)
-        self.url = server.url
-        return server
-
-
-Play = tuple[int, list[Command], int]
-"""(times injected, the machines' commands, last exit code) of a study run with a fault."""
-
-FAULTS: dict[str, Callable[[Arena], Play]] = {}
-
-
-def named(name: str) -> Callable[[Callable[[Arena], Play]], Callable[[Arena], Play]]:
-    """Enter a fault in the table under this name."""
-
-    def enter(function: Callable[[Arena], Play]) -> Callable[[Arena], Play]:
-        FAULTS[name] = function
-        return function
-
-    return enter
-
-
-def unit(command: Command, index: int, target: str = "market1501") -> Path | None:
-    """A unit's folder by its trial's place among the trials, whose numbers have gaps; None before it starts."""
-    found = sorted(path.parent for path in command.study.glob(f"trial-*/{target}-s0/metrics.jsonl"))
-    return found[index] if len(found) > index else None
-
-
-def training(command: Command, index: int, target: str = "market1501", steps: int = 5) -> Callable[[], bool]:
-    """Holds once that unit has trained a few steps."""
-
-    def holds() -> bool:
-        folder = unit(command, index, target)
-        return folder is not None and (folder / "metrics.jsonl").read_bytes().count(b"\n") >= steps
-
-    return holds
-
-
-@named("worker killed in mid-unit")
-def worker_killed(arena: Arena) -> Play:
-    command = arena.command()
-    process = command.start()
-    for trial in (0, 1):
-        wait_for(training(command, trial), process=process)
-        os.kill(command.workers()[0], signal.SIGKILL)
-    return 2, [command], process.wait(300)
-
-
-@named("coordinator killed")
-def coordinator_killed(arena: Arena) -> Play:
-    command = arena.command()
-    for trial in (0, 1):
-        process = command.start()
-        wait_for(training(command, trial), process=process)
-        process.kill()
-        process.wait()
-        wait_for(lambda: command.workers() == [])
-    return 2, [command], command.run()
-
-
-@named("everything killed at once")
-def everything_killed(arena: Arena) -> Play:
-    command = arena.command()
-    for trial in (0, 1):
-        process = command.start("--workers", "2")
-        wait_for(training(command, trial, "cuhk03"), process=process)
-        command.kill_everything(process)
-    return 2, [command], command.run("--workers", "2")
-
-
-@named("worker asleep longer than the grace period")
-def worker_stopped(arena: Arena) -> Play:
-    """SIGSTOP; another worker takes the trial over; SIGCONT: the sleeper must not write into it."""
-    command = arena.command()
-    process = command.start("--workers", "2")
-    wait_for(training(command, 0, "cuhk03"), process=process)
-    (sleeper,) = [pid for pid in command.workers() if _works_on(command, pid, "trial-0000")]
-    os.kill(sleeper, signal.SIGSTOP)
-    wait_for(lambda: any("trial-0000 will be tried again" in event for event in command.events()), process=process)
-    wait_for(lambda: sum("trial-0000 started" in event for event in command.events()) == 2, 120, process)
-    os.kill(sleeper, signal.SIGCONT)
-    wait_for(lambda: sleeper not in command.workers(), 10)  # fenced
-    return 1, [command], process.wait(300)
-
-
-def _works_on(command: Command, pid: int, trial: str) -> bool:
-    """Whether the worker has the trial: its slot is in its log's name, its status says the rest."""
-    slot = log_of(pid).rsplit("-", 1)[1].removesuffix(".log")
-    statuses = [read_json(path) for path in (command.study / "workers").glob(f"*-{slot}-*.json")]
-    return any(status.get("trial") == trial for status in statuses)
-
-
-def _two_at_once(arena: Arena) -> Play:
-    command = arena.command()
-    first = command.start()
-    second = command.start()
-    codes = [process.wait(300) for process in (first, second)]
-    return 1, [command], max(codes)
-
-
-FAULTS["two coordinators at once on a fresh sqlite"] = _two_at_once
-
-
-@named("two coordinators at once on a fresh PostgreSQL")
-def two_at_once_postgresql(arena: Arena) -> Play:
-    arena.server()
-    return _two_at_once(arena)
-
-
-@named("PostgreSQL crashed and restarted")
-def postgresql_restarted(arena: Arena) -> Play:
-    server = arena.server()
-    command = arena.command()
-    process = command.start()
-    for trial in (0, 1):
-        wait_for(training(command, trial), process=process)
-        server.stop()
-        time.sleep(2)
-        server.start()
-    return 2, [command], process.wait(300)
-
-
-@named("joined machine, first one killed (PostgreSQL)")
-def machine_killed(arena: Arena) -> Play:
-    arena.server()
-    many = {"trials": 12}  # for the second machine to find work when it is up
-    first, second = arena.command("a", search=many), arena.command("b", search=many)
-    one = first.start("--workers", "2")
-    wait_for(training(first, 0), process=one)
-    two = second.start("--join")
-    wait_for(lambda: bool(list(second.study.glob("trial-*/*/config.json"))), process=two)
-    first.kill_everything(one)
-    return 1, [first, second], two.wait(300)
-
-
-@named("network cut longer than the grace period (PostgreSQL)")
-def network_cut(arena: Arena) -> Play:
-    """The second machine is a network namespace; its link goes down, its trial is taken over, its link comes back."""
-    name, address = arena.stack.enter_context(_namespace())
-    arena.server()
-    assert arena.url is not None
-    arena.url = arena.url.replace("127.0.0.1", address)
-    many = {"trials": 12}  # for the second machine to find work when it is up
-    first, second = arena.command("a", search=many), arena.command("b", search=many)
-    second.prefix = ("ip", "netns", "exec", name)
-    one = first.start()
-    wait_for(training(first, 0), process=one)
-    two = second.start("--join")
-    wait_for(lambda: bool(list(second.study.glob("trial-*/*/metrics.jsonl"))), process=two)
-    (cut,) = {path.parts[-3] for path in second.study.glob("trial-*/*/metrics.jsonl")}
-    _ip("netns", "exec", name, "ip", "link", "set", "lda1", "down")
-    again = f"{cut} will be tried again"
-    wait_for(lambda: any(again in event for event in first.events()), 120, one)
-    _ip("netns", "exec", name, "ip", "link", "set", "lda1", "up")
-    return 1, [first, second], max(one.wait(300), two.wait(300))
-
-
-@named("disk full while a unit writes")
-def disk_full(arena: Arena) -> Play:
-    """The study lies on a small file system that is filled up for a while, twice."""
-    arena.stack.enter_context(_small_disk(arena.folder, mebibytes=200))
-    command = arena.command()
-    process = command.start()
-    for trial in (0, 1):
-        wait_for(training(command, trial), process=process)
-        filling = arena.folder / "filling"
-        with filling.open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(65536))
-        time.sleep(2.5)
-        filling.unlink()
-    return 2, [command], process.wait(300)
-
-
-@named("last line of metrics.jsonl half written")
-def metrics_cut(arena: Arena) -> Play:
-    command = arena.command()
-    process = command.start()
-    wait_for(training(command, 1), process=process)
-    command.kill_everything(process)
-    folder = unit(command, 1)
-    assert folder is not None
-    path = folder / "metrics.jsonl"
-    path.write_bytes(path.read_bytes()[:-7])
-    return 1, [command], command.run()
-
-
-@named("checkpoint truncated")
-def checkpoint_cut(arena: Arena) -> Play:
-    command = arena.command(base={"epochs": 4, "steps_per_epoch": STEPS // 4})
-    process = command.start()
-    wait_for(training(command, 1, steps=STEPS // 4 + 2), process=process)
-    command.kill_everything(process)
-    folder = unit(command, 1)
-    assert folder is not None
-    checkpoint = folder / "checkpoint.pt"
-    os.truncate(checkpoint, checkpoint.stat().st_size // 2)
-    return 1, [command], command.run()
-
-
-@named("a unit that raises")
-def unit_raises(arena: Arena) -> Play:
-    """A file stands where a unit's folder must be: every attempt at that trial raises."""
-    command = arena.command()
-    obstacle = command.study / "trial-0001" / "market1501-s0"
-    obstacle.parent.mkdir(parents=True)
-    obstacle.write_text("in the way")
-    return 1 + RETRIES, [command], command.run()
-
-
-@named("a loss that is NaN")
-def loss_nan(arena: Arena) -> Play:
-    space = {"learning_rate": {"low": 0.0001, "high": 10.0, "log": True}}
-    bad = {"trials": 2, "space": space, "enqueue": [{"learning_rate": 10.0}]}
-    command = arena.command(search=bad, base={"optimizer": "sgd", "steps_per_epoch": 200})
-    return 1, [command], command.run()
-
-
-@named("W&B's process killed")
-def wandb_killed(arena: Arena) -> Play:
-    command = arena.command(base={"wandb": "offline"})
-    process = command.start()
-    wait_for(training(command, 0), process=process)
-    (worker,) = command.workers()
-    services = [pid for pid, name in children_of(worker) if "wandb-core" in name]
-    for pid in services:
-        os.kill(pid, signal.SIGKILL)
-    return len(services), [command], process.wait(300)
-
-
-def random_kills(arena: Arena, count: int, seed: int) -> Play:
-    """Kills drawn from a seed: a worker, the coordinator, or everything; whatever ends the command starts it again.
-
-    The study has more trials than time until the last kill; then it ends with those it has begun.
-    """
-    draw = random.Random(seed)
-    command = arena.command(search={"trials": 100 * count})
-    process = command.start("--workers", "2")
-    killed = 0
-    while killed < count:
-        time.sleep(draw.uniform(0.5, 12.0))
-        assert process.poll() is None, command.output
-        victim = draw.choice(["worker", "worker", "coordinator", "everything"])
-        workers = command.workers()
-        if victim == "everything":
-            command.kill_everything(process)
-        elif victim == "coordinator":
-            process.kill()
-            process.wait()
-        elif workers:
-            os.kill(draw.choice(workers), signal.SIGKILL)
-        else:
-            continue
-        killed += 1
-        if process.poll() is not None:
-            process = command.start("--workers", "2")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130, command.output
-    return killed, [command], command.run("--workers", "2", "--trials", "1")
-
-
-# --- what the faults need --------------------------------------------------------------------------------------------
-
-
-def _root(what: str) -> None:
-    if os.getuid() != 0:
-        raise Skip(f"{what} needs root")
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
-@contextmanager
-def _namespace() -> Iterator[tuple[str, str]]:
-    """A network namespace linked to this one. Yields its name and this side's address."""
-    _root("a network namespace")
-    if shutil.which("ip") is None:
-        raise Skip("no ip command here: install the package iproute2")
-    name = f"lda-{os.getpid()}"
-    try:
-        _ip("netns", "add", name)
-    except subprocess.CalledProcessError as error:
-        raise Skip(f"no network namespaces here: {error.stderr.strip()}") from None
-    try:
-        _ip("link", "add", "lda0", "type", "veth", "peer", "name", "lda1", "netns", name)
-        _ip("addr", "add", "10.213.77.1/24", "dev", "lda0")
-        _ip("link", "set", "lda0", "up")
-        for command in (["addr", "add", "10.213.77.2/24", "dev", "lda1"], ["link", "set", "lda1", "up"]):
-            _ip("netns", "exec", name, "ip", *command)
-        _ip("netns", "exec", name, "ip", "link", "set", "lo", "up")
-        yield name, "10.213.77.1"
-    finally:
-        _ip("netns", "delete", name)
-
-
-@contextmanager
-def _small_disk(folder: Path, mebibytes: int) -> Iterator[None]:
-    _root("mounting a small disk")
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise Skip(f"no mounting here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 # --- what came of it -------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +132,7 @@ def strike(name: str, folder: Path, data_root: Path, play: Callable[[Arena], Pla
             injected=injected,
             lost=len(watch.lost),
             twice=len(watch.twice | {path for command in commands for path in _repeated(command.study)}),
+            different=_different(commands, data_root, folder),
             running=sum(a.state == TrialState.RUNNING for configuration in known for a in configuration.attempts),
             finished=ended and code == 0,
             failed=len(given_up),
@@ -487,12 +165,59 @@ def _repeated(study: Path) -> set[Path]:
     return wrong
 
 
+# --- beside an undisturbed study -------------------------------------------------------------------------------------
+
+_UNDISTURBED: dict[str, Result] = {}
+"""Unit hash -> its result, run once in a folder of its own."""
+
+
+def _different(commands: Sequence[Command], data_root: Path, scratch: Path) -> int:
+    """See `Outcome.different`."""
+    studies = [command.study for command in commands if (command.study / "study.json").exists()]
+    results = sorted(result.parent for study in studies for result in study.glob("trial-*/*/result.json"))
+    drawn = random.Random(0).sample(results, min(len(results), _COMPARED))
+    wrong = sum(_measured(Result.read(unit)) != _measured(_undisturbed(unit, data_root, scratch)) for unit in drawn)
+    found = [_table(study) for study in studies]
+    wrong += sum(table != found[0] for table in found[1:])
+    return wrong + sum(not _report_made(study) for study in studies)
+
+
+def _undisturbed(unit: Path, data_root: Path, scratch: Path) -> Result:
+    known = read_unit(unit)
+    if known.unit not in _UNDISTURBED:
+        config = from_mapping({**known.settings, "wandb": "disabled"})
+        _UNDISTURBED[known.unit] = run_unit(config, scratch / "undisturbed" / known.unit, data_root=data_root)
+    return _UNDISTURBED[known.unit]
+
+
+def _measured(result: Result) -> dict[str, Any]:
+    """What a result says of the method, not of the machine."""
+    return {**vars(result), "seconds": 0, "images_per_second": 0, "trained_in": ""}
+
+
+def _table(study: Path) -> str:
+    """The study's table; empty where nothing is complete."""
+    output = study.parent / f"{study.name}-table.csv"
+    output.unlink(missing_ok=True)
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        tables.main([str(study), "--format", "csv", "--output", str(output)])
+    return output.read_text() if output.exists() else ""
+
+
+def _report_made(study: Path) -> bool:
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        return report_page.main([str(study), "--output", str(study.parent / f"{study.name}-report")]) == 0
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
 def table(outcomes: Sequence[Outcome], skipped: dict[str, str]) -> str:
     """Markdown."""
     lines = [
-        "| fault | injected | finished units lost | run twice | trials left RUNNING | study finished "
-        "| configurations given up | retries | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| fault | injected | finished units lost | run twice | trials left RUNNING | different from undisturbed "
+        "| study finished | configurations given up | retries | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for o in outcomes:
         cells = [
@@ -500,6 +225,7 @@ def table(outcomes: Sequence[Outcome], skipped: dict[str, str]) -> str:
             o.lost,
             o.twice,
             o.running,
+            o.different,
             "yes" if o.finished else "NO",
             o.failed,
             o.retried,
@@ -519,7 +245,9 @@ by the commands a user would type. Regenerate, as root on Linux with PostgreSQL 
 ```
 
 Injected: how often the fault struck. Lost: finished units whose result vanished. Run twice: finished units whose result
-was written again, or whose metrics hold a step twice. Left RUNNING: trials in the storage after the end. Given up:
+was written again, or whose metrics hold a step twice. Left RUNNING: trials in the storage after the end. Different:
+results that are not those of the same unit run undisturbed (of ten units where there are more; all digits, and as many
+threads), machines whose table is not the first one's, report pages that could not be made. Given up:
 configurations that failed for good, each with its reason: a unit that raises and a loss that is NaN are configurations
 that cannot succeed, and random kills may strike the workers of one configuration three times. Retries: attempts beyond
 the first.
@@ -549,7 +277,7 @@ def main() -> None:
     given = parser.parse_args()
     plays = {name: FAULTS[name] for name in given.fault}
     if given.kills:
-        plays[f"{given.kills} random kills, seed {given.seed}"] = lambda arena: random_kills(
+        plays[f"{given.kills} random kills, seed {given.seed}"] = lambda arena: fault_processes.random_kills(
             arena, given.kills, given.seed
         )
     outcomes, skipped = [], {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import faults
 import pytest
+from fault_processes import random_kills
 from studies import no_leftovers
 
 pytestmark = pytest.mark.chaos
@@ -17,7 +18,7 @@ GIVEN_UP = {"a unit that raises": 1, "a loss that is NaN": 1}
 
 
 def check(outcome: faults.Outcome) -> None:
-    assert (outcome.lost, outcome.twice, outcome.running) == (0, 0, 0)
+    assert (outcome.lost, outcome.twice, outcome.running, outcome.different) == (0, 0, 0, 0)
     assert outcome.finished
     assert outcome.injected > 0
 
@@ -34,6 +35,6 @@ def test_fault(name: str, tmp_path: Path, standin_tiny: Path) -> None:
 
 @pytest.mark.slow
 def test_fifty_random_kills(tmp_path: Path, standin_tiny: Path) -> None:
-    outcome = faults.strike("kills", tmp_path, standin_tiny, lambda arena: faults.random_kills(arena, 50, seed=0))
+    outcome = faults.strike("kills", tmp_path, standin_tiny, lambda arena: random_kills(arena, 50, seed=0))
     check(outcome)
     assert outcome.injected == 50
