@@ -20,7 +20,7 @@ from study_files import a_result
 
 from lda import runs
 from lda.config import preset
-from lda.errors import UsageError
+from lda.errors import DamagedError, UsageError
 from lda.files import atomic, write_json
 from lda.runs import (
     BUFFER_BANK,
@@ -37,7 +37,9 @@ from lda.runs import (
     is_unit,
     read_metrics,
     read_unit,
+    training_of,
     unit_folders,
+    unit_of,
 )
 from lda.unit import run_unit
 
@@ -85,7 +87,12 @@ SETTINGS = {"target": "cuhk03", "seed": 0, "method": "lda", "bank_momentum": 0.9
 
 
 def run_folder(path: Path, unit: str = "aaa", **changes: Any) -> RunFolder:
-    return RunFolder(path, unit, "ttt", {**SETTINGS, **changes})
+    """A folder whose unit has begun."""
+    run = RunFolder(path, unit, "ttt", {**SETTINGS, **changes})
+    with run.owned():
+        run.write_config()
+        run.replace_rows([])
+    return run
 
 
 def test_folder_never_mixes_two_units(tmp_path: Path) -> None:
@@ -106,6 +113,7 @@ def test_a_unit_is_told_by_its_folder(tmp_path: Path) -> None:
     assert is_unit(folder)
     assert unit_folders(folder.parent) == [folder]
     assert unit_folders(tmp_path) == []
+    assert (unit_of(folder), training_of(folder)) == ("aaa", "ttt")
     unit = read_unit(folder)
     assert (unit.unit, unit.training, unit.target, unit.seed, unit.method) == ("aaa", "ttt", "cuhk03", 0, "lda")
     assert unit.settings == SETTINGS
@@ -201,11 +209,51 @@ def test_a_config_of_an_older_version_or_with_a_hole_is_told(tmp_path: Path) -> 
         read_unit(tmp_path)
 
 
-def test_damaged_result_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["", '{"mAP": 0.', "\0" * 500, "[1]", None])
+def test_a_damaged_result_is_named_and_counts_as_none(tmp_path: Path, content: str | None, capsys: Any) -> None:
+    """None: a link to nothing. A result of another format is no damage, see above."""
     run = run_folder(tmp_path)
-    (tmp_path / "result.json").write_text('{"mAP": 0.')
-    with pytest.raises(UsageError, match=r"result\.json: expected a JSON file"):
-        run.result()
+    if content is None:
+        (tmp_path / RESULT).symlink_to(tmp_path / "nowhere")
+    else:
+        (tmp_path / RESULT).write_text(content)
+    assert run.result() is run.known_result() is read_unit(tmp_path).result is None
+    assert not finished(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path / RESULT}: expected a JSON ")
+    assert line.endswith("; the unit counts as unfinished")
+
+
+def test_a_unit_that_lost_its_config_does_not_vanish(tmp_path: Path, capsys: Any) -> None:
+    run = run_folder(tmp_path / "cuhk03-s0")
+    run.write_result(a_result(unit="aaa", training="ttt"))
+    (run.path / CONFIG).unlink()
+    assert unit_folders(tmp_path) == [run.path]
+    with pytest.raises(DamagedError, match=r"config\.json: expected a JSON file"):
+        read_unit(run.path)
+    assert unit_of(run.path) == ""
+    assert "cuhk03-s0 is passed over" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"holds another run \(unit aaa, this is bbb\)"):
+        RunFolder(run.path, "bbb", "ttt", SETTINGS).own_result()
+
+
+def test_a_link_to_a_unit_that_is_gone_makes_room(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "cuhk03-s0"
+    folder.symlink_to(tmp_path / "gone")
+    assert run_folder(folder).known_result() is None
+    assert not folder.is_symlink()
+    assert "is a link to a folder that is gone; removed" in capsys.readouterr().err
+
+
+def test_folders_in_the_place_of_files_and_leftovers_are_cleared(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / METRICS / "inside").mkdir(parents=True)
+    for name in (".result.json.ab3_defg", ".buffer_bank.npz.00000000", ".mine.txt.00000000", ".result.json"):
+        (tmp_path / name).touch()
+    run_folder(tmp_path)
+    left = {CONFIG, METRICS, f"{METRICS}.1", ".mine.txt.00000000", ".result.json"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    assert (tmp_path / f"{METRICS}.1" / "inside").is_dir()
+    assert f"is a folder where a file belongs; it is {METRICS}.1 now" in capsys.readouterr().err
 
 
 def test_a_result_is_finite(tmp_path: Path) -> None:
@@ -238,19 +286,43 @@ def test_a_real_run_writes_what_is_documented(standin_tiny: Path, tmp_path: Path
     assert result.parameters > 0
 
 
-def test_metrics_survive_a_half_written_line_and_rewind(tmp_path: Path) -> None:
+def test_metrics_survive_a_half_written_line_and_are_cut_back(tmp_path: Path, capsys: Any) -> None:
     run = run_folder(tmp_path)
     for step in (5, 10, 15):
         run.log({"step": step, "loss/total": 1.0 / step})
-    path = tmp_path / "metrics.jsonl"
+    assert run.sync_rows() == 3
+    path = tmp_path / METRICS
     with path.open("a") as file:
         file.write('{"step": 20, "loss')
     assert [row["step"] for row in read_metrics(path)] == [5, 10, 15]
-    run.rewind(10)
+    rows = run.first_rows(2)
+    assert rows is not None
+    run.replace_rows(rows)
     assert [row["step"] for row in read_metrics(path)] == [5, 10]
-    path.write_text('{"step": 5\n{"step": 10}\n')
-    with pytest.raises(UsageError, match="line 1 is not valid JSON"):
-        read_metrics(path)
+    assert run.sync_rows() == 2
+    assert run.first_rows(3) is None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("bad", [b"", b'{"step": 5', b"\0" * 9, b"7", b'{"loss": 1}', b"\xff\xfe", b"[" * 50000])
+def test_bad_lines_of_metrics_are_named_and_left_out(tmp_path: Path, bad: bytes, capsys: Any) -> None:
+    run, path = run_folder(tmp_path), tmp_path / METRICS
+    path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 3}\n')
+    assert run.rows() == [{"step": 1}, {"step": 3}]
+    assert (run.first_rows(1), run.first_rows(2)) == ([{"step": 1}], None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"warning: {path}: line 2: expected a JSON object with a step; left out"
+
+
+def test_metrics_that_cannot_be_read_say_nothing(tmp_path: Path, capsys: Any) -> None:
+    run = run_folder(tmp_path)
+    (tmp_path / METRICS).unlink()
+    assert run.rows() == run.first_rows(0) == []
+    assert run.first_rows(1) is None
+    assert capsys.readouterr().err == ""
+    (tmp_path / METRICS).mkdir()
+    assert run.rows() == []
+    assert "Is a directory" in capsys.readouterr().err
 
 
 def test_environment_names_the_runs_parents() -> None:
@@ -267,3 +339,10 @@ def test_what_a_method_keeps_is_read_back(tmp_path: Path) -> None:
     with np.load(UnitFolder(tmp_path).kept("prototypes"), allow_pickle=False) as arrays:
         assert arrays["domains"].tolist() == ["a", "b"]
         np.testing.assert_array_equal(arrays["centres"], np.eye(2))
+    assert run.damaged_kept() == []
+    path = run.kept("prototypes")
+    content = path.read_bytes()
+    for damaged in (b"", content[:-30], content.replace(b"\xf0\x3f", b"\0\0"), b"\0" * len(content)):
+        path.write_bytes(damaged)
+        (line,) = run.damaged_kept()
+        assert line.startswith(f"{path}: ")
