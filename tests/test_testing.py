@@ -189,6 +189,36 @@ def test_a_method_that_looks_at_the_target_does_so_on_a_copy_per_camera(
         torch.testing.assert_close(encoding, expected, rtol=1e-4, atol=1e-5)
 
 
+class StopError(Exception):
+    """Raised by a test in the middle of an evaluation."""
+
+
+@pytest.mark.parametrize(("adapts", "calls"), [(False, 3 + 2), (True, 2 * 4 + 2)])
+def test_an_evaluation_can_be_stopped_before_every_batch_and_block(
+    splits: list[EvaluationSet], adapts: bool, calls: int
+) -> None:
+    """12 images by 5, and two rankings; by camera and side two groups of 6, each seen by the method and encoded."""
+    config = preset("standin", threads=1, evaluation_batch=5)
+    method = (Adapting if adapts else Plain)(Settings(), config.setup([4]))
+    left = 10**6
+
+    def check() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise StopError
+
+    evaluator = Evaluator(splits, config, CPU, check)
+    evaluation = evaluator(method)
+    assert 10**6 - left == calls
+    for allowed in range(calls):
+        left = allowed
+        with pytest.raises(StopError):
+            evaluator(method)
+    left = calls
+    assert evaluator(method).rankings == evaluation.rankings
+
+
 def test_a_target_without_cameras_is_refused_where_a_method_adapts_to_them(splits: list[EvaluationSet]) -> None:
     config = preset("standin", threads=1)
     unknown = [dataclasses.replace(split, camera_rule=False) for split in splits]

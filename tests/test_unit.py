@@ -328,26 +328,3 @@ def test_bad_usage_is_one_line_and_exit_2(arguments: list[str], message: str, tm
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
-
-
-def test_interrupt_exits_130_and_says_how_to_go_on(standin_tiny: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "lda.train",
-        "--data-root",
-        str(standin_tiny),
-        "--preset",
-        "standin",
-        "--output",
-        str(tmp_path),
-    ]
-    command += ["--set", "epochs=500", "milestones=400", "threads=1", "wandb=disabled", "log_every=1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on" in err
-    assert "Traceback" not in err
