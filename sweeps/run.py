@@ -25,6 +25,7 @@ from sweeps.plan.study_files import load, resolve, study_file, study_names
 
 if TYPE_CHECKING:
     from sweeps.coordinator import Plan
+    from sweeps.gather import Gathered
 
 # optuna (1 s) and the loaders are imported where they are needed, so that --help, --list and mistakes answer at once.
 
@@ -75,6 +76,11 @@ def parser() -> argparse.ArgumentParser:
         "--storage",
         metavar="URL",
         help=f"postgresql://..., journal[:PATH] or sqlite:///... (default: {VARIABLE}, else sqlite in the folder)",
+    )
+    parser.add_argument(
+        "--allow-mixed-code",
+        action="store_true",
+        help="go on with a study that was begun with other code; its tables say so",
     )
     parser.add_argument("--join", action="store_true", help="add this machine's workers to a study that runs elsewhere")
     return parser
@@ -210,6 +216,7 @@ def _coordinate(
         storage=url,
         slots=tuple(plan_slots(given.workers, config.machine.threads, config.machine.device)),
         command=_as_typed(given, arguments),
+        mixed_code=given.allow_mixed_code,
     )
     _announce(plan, given.set)
     coordinator = Coordinator(plan)
@@ -217,13 +224,27 @@ def _coordinate(
     if not finished:
         print(f"interrupted; everything finished is kept. Go on with:\n  {plan.command}", file=sys.stderr)
         return 130
+    gathered = coordinator.gather()
     now = coordinator.look()
     complete = now.complete > 0 or (not now.budget and now.confirmed > len(now.failures))
     finish(name, spec, plan.folder, plan.data.kind, complete=complete)
     for line in now.failures:
         print(f"given up: {line}", file=sys.stderr)
+    _tell_gathered(gathered)
     print(f"{name}: {status_line(now)}; {folder}")
-    return 0 if complete else 1
+    mostly_failed = 2 * now.failed > now.complete + now.pruned + now.failed
+    if mostly_failed:
+        print(f"most configurations were given up ({now.failed}); the table is of the others", file=sys.stderr)
+    return 0 if complete and not mostly_failed and not gathered.left else 1
+
+
+def _tell_gathered(gathered: Gathered) -> None:
+    """What is not here: results, which make the study unfinished on this machine, and checkpoints, which do not."""
+    if gathered.left:
+        units = ", ".join(map(str, gathered.left))
+        print(f"{len(gathered.left)} finished units are not here and not in the storage: {units}", file=sys.stderr)
+    for place, count in gathered.weights.items():
+        print(f"checkpoints of {count} units lie on {place} only")
 
 
 def _as_typed(given: argparse.Namespace, arguments: Sequence[str]) -> str:

@@ -41,7 +41,7 @@ from lda.config import from_mapping
 from lda.files import read_json
 from lda.runs import Result, environment, read_unit
 from lda.unit import run_unit
-from sweeps.list.ledger import Configuration, configurations, fault
+from sweeps.list.attempts import Configuration, configurations, fault
 from sweeps.list.storage import engine_of, open_storage, storage_url
 
 __all__ = ["FAULTS", "Skip", "fault_disk", "fault_processes", "fault_storage", "fault_wandb"]

@@ -11,7 +11,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sweeps.list.ledger import UNIT, Budget, Ledger, fault
+from sweeps.list.attempts import UNIT, fault
+from sweeps.list.ledger import Budget, Ledger
 from sweeps.list.storage import open_storage, storage_url
 from sweeps.list.study import create_or_load
 from sweeps.plan.space import Axis, distributions

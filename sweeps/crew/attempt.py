@@ -15,14 +15,16 @@ from typing import Any
 from optuna.trial import Trial
 
 from lda.config import Config
-from lda.runs import Result, UnitFolder
+from lda.runs import Result, UnitFolder, is_finished
 from lda.tracking import RunLabels
 from lda.trainer import TrainingError
 from lda.unit import Progress, run_unit
 from sweeps.crew.assignment import Assignment
 from sweeps.crew.post import Post
+from sweeps.list.archive import Archive
+from sweeps.list.attempts import UNIT
 from sweeps.list.jobs import Job, is_default
-from sweeps.list.ledger import UNIT, Ledger
+from sweeps.list.ledger import Ledger
 from sweeps.plan.pruning import PrunedError, running_mean
 from sweeps.plan.spec import StudySpec
 from sweeps.study_folder import unit_name
@@ -37,6 +39,7 @@ class Attempt:
     Attributes:
         post: where it speaks and listens.
         search: work list of the search, for the scores of the defaults.
+        archive: where every machine finds what one of them finished; None where they share the study's folder.
         trial: Optuna's.
     """
 
@@ -44,6 +47,7 @@ class Attempt:
     assignment: Assignment
     spec: StudySpec
     search: Ledger
+    archive: Archive | None
     trial: Trial
     job: Job
     _scores: dict[str, float] = field(default_factory=dict)
@@ -67,13 +71,34 @@ class Attempt:
         return config.unit_hash(content["sources"], content["target"])
 
     def _recorded(self, target: str, config: Config) -> dict[str, Any] | None:
-        """What an earlier attempt, maybe on another machine, left of this unit in the storage."""
+        """What an earlier attempt, maybe on another machine, left of this unit in the storage.
+
+        Nothing where its files are gone: a power cut may take what the storage knows of.
+        """
         row: dict[str, Any] | None = self.trial.user_attrs.get(UNIT + target)
-        return row if row is not None and row["unit"] == self._unit(target, config) else None
+        if row is None or row["unit"] != self._unit(target, config):
+            return None
+        if is_finished(self.post.folder.path / self._place(target), row["unit"]) or self._lies_elsewhere(target, row):
+            return row
+        self.post.event("waiting", f"{self.job.title} {target} was finished and its files are gone: run again")
+        return None
+
+    def _lies_elsewhere(self, target: str, row: Mapping[str, Any]) -> bool:
+        """Whether a finished unit is in the archive, or at least was run on another disk."""
+        archive = self.archive
+        if archive is None:
+            return False
+        if (row["host"], row.get("folder")) != (platform.node(), str(self.post.folder.path)):
+            return True
+        return self.post.patiently(lambda: archive.holds(self._place(target), row["unit"]))
+
+    def _place(self, target: str) -> str:
+        """Of the unit's folder below the study's."""
+        return f"{self.job.trial}/{unit_name(target, self.job.seed)}"
 
     def _run(self, index: int, target: str, config: Config) -> dict[str, Any]:
         at = {"trial": self.job.trial, "target": target, "seed": self.job.seed}
-        self.post.say(state="running", **at, epoch=0, epochs=config.schedule.epochs)
+        self.post.say(state="running", attempt=self.trial.number, **at, epoch=0, epochs=config.schedule.epochs)
 
         def on_progress(progress: Progress) -> None:
             self.post.check()
@@ -82,12 +107,16 @@ class Attempt:
                 self.post.say(score=progress.score)
                 self._judge(index * config.schedule.epochs + progress.epoch, {**self._scores, target: progress.score})
 
-        folder = self.post.folder.unit(self.job.trial, target, self.job.seed)
-        unit = self._unit(target, config)
+        folder, unit = self.post.folder.path / self._place(target), self._unit(target, config)
+        if folder.is_symlink() and not folder.exists():
+            folder.unlink()  # what it led to is gone
         result = self._finished_elsewhere(folder, unit) or self._train(config, folder, target, on_progress)
         self.post.check()
         row = {"unit": result.unit, "mAP": result.mAP, "rank1": result.rank1, "seconds": result.seconds}
-        row |= {"score": result.selection.score, "host": platform.node()}
+        row |= {"score": result.selection.score, "host": platform.node(), "worker": self.post.worker}
+        row |= {"folder": str(self.post.folder.path)}
+        if (archive := self.archive) is not None:  # before the storage learns that the unit is done
+            self.post.patiently(lambda: archive.keep(self._place(target), unit, folder))
         self.post.patiently(lambda: self.trial.set_user_attr(UNIT + target, row))
         not_used = "" if result.selection.rule == "oracle" else ", not used"
         self.post.event(

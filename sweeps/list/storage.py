@@ -91,7 +91,7 @@ def open_storage(url: str, heartbeat_seconds: int, grace_seconds: int) -> BaseSt
         limits = {"connect_timeout": 10, "tcp_user_timeout": 1000 * max(1, grace_seconds // 2)}
         arguments = {"pool_pre_ping": True, "pool_size": 2, "connect_args": limits}
     try:
-        rdb = _created_by_one(
+        rdb = created_by_one(
             lambda: optuna.storages.RDBStorage(
                 url, engine_kwargs=arguments, heartbeat_interval=heartbeat_seconds, grace_period=grace_seconds
             )
@@ -122,7 +122,7 @@ def engine_of(storage: BaseStorage) -> Engine | None:
     return engine
 
 
-def _created_by_one(open_tables: Callable[[], T]) -> T:
+def created_by_one(open_tables: Callable[[], T]) -> T:
     """Open, and again when another process is creating the same tables at this moment: all but one collide."""
     from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import TrialState
 
+from lda.code import describe, this_code
 from lda.config import METHOD
 from lda.errors import UsageError
 from lda.methods import CONTROL
+from sweeps.list.attempts import Configuration, configurations
 from sweeps.list.jobs import Job, is_default, search_job
-from sweeps.list.ledger import Budget, Configuration, Distributions, Ledger, configurations, point_key
+from sweeps.list.ledger import Budget, Distributions, Ledger, point_key
+from sweeps.list.machines import excused
 from sweeps.list.storage import masked, open_storage
 from sweeps.plan.images import Data
 from sweeps.plan.space import distributions
 from sweeps.plan.spec import StudySpec, differences, from_dict, named_settings, same_study, to_dict
 from sweeps.study_folder import BASELINE, FORMAT, check_format
+
+TOKEN = "id"
+"""Attribute of a study, and key of study.json: random, so that no other study of the same name is taken for it."""
 
 _CREATION_SECONDS = 20.0  # a few dozen inserts; a creator that takes longer is dead
 
@@ -51,12 +60,20 @@ def create_or_load(storage: BaseStorage, name: str, prepare: Callable[[Study], N
     return study, created
 
 
-def open_search(storage: BaseStorage, name: str, spec: StudySpec, budget: Budget, data: Data) -> tuple[Ledger, bool]:
+def open_search(
+    storage: BaseStorage, name: str, spec: StudySpec, budget: Budget, data: Data, folder: Path, mixed_code: bool = False
+) -> tuple[Ledger, bool]:
     """(the work list of the search, whether this call created the study).
 
-    Creates the study, or checks that the one that exists is the same. Raises UsageError naming what differs from the
-    study as it was begun.
+    Creates the study, or checks that the one that exists is the same.
+
+    Args:
+        folder: where this machine keeps it.
+        mixed_code: go on with other code than the study was begun with.
+
+    Raises UsageError naming what differs from the study as it was begun.
     """
+    code = this_code()
 
     def prepare(study: Study) -> None:
         study.set_metric_names(["selection score"])
@@ -64,6 +81,9 @@ def open_search(storage: BaseStorage, name: str, spec: StudySpec, budget: Budget
         study.set_user_attr("spec", to_dict(spec))
         study.set_user_attr("contents", data.contents)
         study.set_user_attr("title", spec.title)
+        study.set_user_attr(TOKEN, uuid.uuid4().hex)
+        study.set_user_attr("code", {"digest": code.digest, "commit": code.commit, "dirty": code.dirty})
+        study.set_user_attr("place", [platform.node(), str(folder)])
         enqueue_first_points(spec, Ledger(storage, study, budget))
 
     study, created = create_or_load(storage, name, prepare)
@@ -75,10 +95,29 @@ def open_search(storage: BaseStorage, name: str, spec: StudySpec, budget: Budget
             f"the images in {data.root} are not those that study {name!r} was begun with; restore them, or give "
             "another --output"
         )
+    if not created:
+        _check_code(name, attributes.get("code"), mixed_code)
     study.set_user_attr("spec", to_dict(spec))  # budgets may have changed; --join and --status read them here
     ledger = Ledger(storage, study, budget)
     enqueue_first_points(spec, ledger)  # the budget or the list of points may have grown
     return ledger, created
+
+
+def _check_code(name: str, begun: dict[str, Any] | None, mixed: bool) -> None:
+    """Raises UsageError when a study was begun by other code, unless results of both are wanted in one table."""
+    now = this_code()
+    if begun is None or begun["digest"] == now.digest or mixed:  # None: of before this was noted
+        return
+    raise UsageError(
+        f"study {name!r} was begun with other code ({describe(begun['commit'], begun['dirty'])}; this is "
+        f"{describe(now.commit, now.dirty)}). Go on with that code, or give --allow-mixed-code, which tables will say, "
+        "or another --output"
+    )
+
+
+def token_of(study: Study) -> str:
+    """What names this very study for ever, whatever others are called."""
+    return str(study.user_attrs.get(TOKEN, study.study_name))
 
 
 def check_same(name: str, before: StudySpec, now: StudySpec) -> None:
@@ -102,7 +141,7 @@ class Found:
 
 def running_study(study: str, url: str, folder: Path) -> Found:
     """Read a study from its storage. Raises UsageError when there is none."""
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
+    if not _is_there(url):
         raise UsageError(f"no study {study!r} in {folder} yet; start it first")
     storage = open_storage(url, 60, 180)
     try:
@@ -117,8 +156,22 @@ def running_study(study: str, url: str, folder: Path) -> Found:
     spec = from_dict(loaded.user_attrs["spec"])
     confirm: list[Configuration] = []
     with contextlib.suppress(KeyError):  # the search is not over
-        confirm = configurations(optuna.load_study(study_name=confirm_study(study), storage=storage).get_trials())
-    return Found(spec, search_budget(spec), configurations(loaded.get_trials()), confirm)
+        confirm = _configurations(optuna.load_study(study_name=confirm_study(study), storage=storage))
+    return Found(spec, search_budget(spec), _configurations(loaded), confirm)
+
+
+def _configurations(study: Study) -> list[Configuration]:
+    return configurations(study.get_trials(), excused(study.user_attrs))
+
+
+def is_known(study: str, url: str) -> bool:
+    """Whether a storage has a study of this name; makes no database."""
+    return _is_there(url) and study in optuna.study.get_all_study_names(open_storage(url, 60, 180))
+
+
+def _is_there(url: str) -> bool:
+    """Whether there is a database; one in a file may have to be made first."""
+    return not url.startswith("sqlite:///") or Path(url.removeprefix("sqlite:///")).exists()
 
 
 # --- the search ------------------------------------------------------------------------------------------------------
