@@ -3,10 +3,10 @@
     python -m sweeps.carry export runs/protocol3 protocol3.tar.gz
     python -m sweeps.carry import protocol3.tar.gz --output runs
 
-The file holds study.json, events, every trial and unit (checkpoints with --checkpoints), the list of trials as an SQLite
-database, and a manifest with the SHA-256 of each. Import checks all of it before it writes. Into a folder of the same
-study it adds what is missing there; the list is taken over where it goes on from the one that is there. Two lists that
-both went on are refused: those are two studies by now.
+The file holds study.json, events, every trial and unit (checkpoints with --checkpoints), the list of trials as an
+SQLite database, and a manifest with the SHA-256 of each. Import checks all of it before it writes. Into a folder of the
+same study it adds what is missing there; the list is taken over where it goes on from the one that is there. Two lists
+that both went on are refused: those are two studies by now.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def export_study(path: Path, file: Path, url: str, checkpoints: bool) -> None:
     """Write a study's folder and list into one file. Raises FailedError naming units that are nowhere to be found."""
     from sweeps.gather import gather
     from sweeps.list.archive import open_archive
-    from sweeps.list.study import running_study, token_of
+    from sweeps.list.study import TOKEN, running_study, token_of
 
     folder = StudyFolder(path.resolve())
     content = folder.read_study()
@@ -76,27 +76,27 @@ def export_study(path: Path, file: Path, url: str, checkpoints: bool) -> None:
     name = content["study"]
     found = running_study(name, url, path)
     storage = open_storage(url, found.spec.heartbeat_seconds, found.spec.grace_seconds)
-    archive = open_archive(storage, token_of(_study(storage, name)))
-    gathered = gather(found.spec, folder, archive, [*found.search, *found.confirm])
+    token = token_of(_study(storage, name))
+    gathered = gather(found.spec, folder, open_archive(storage, token), [*found.search, *found.confirm])
     if gathered.left:
         raise FailedError(f"{len(gathered.left)} finished units are not here: {', '.join(map(str, gathered.left))}")
+    members = {source.relative_to(folder.path).as_posix(): source for source in _carried(folder, checkpoints)}
     with tempfile.TemporaryDirectory(dir=file.absolute().parent, prefix=f".{file.name}.") as scratch:
-        listed = Path(scratch) / _LIST
-        _copy_list(storage, name, listed)
-        members = {source.relative_to(folder.path).as_posix(): source for source in _carried(folder, checkpoints)}
-        members[_LIST] = listed
-        manifest = Path(scratch) / MANIFEST
-        digests = {name: _sha256(source) for name, source in members.items()}
-        write_json(
-            manifest, {"format": _FORMAT, "study": name, "id": token_of(_study(storage, name)), "files": digests}
-        )
-        packed = Path(scratch) / "carried"
-        with tarfile.open(packed, "w:gz") as tar:
-            for member, source in {MANIFEST: manifest, **members}.items():
-                tar.add(source, member, recursive=False)
-        os.replace(packed, file)
+        members[_LIST] = Path(scratch) / _LIST
+        _copy_list(storage, name, members[_LIST])
+        _pack(members, {"study": name, TOKEN: token}, Path(scratch), file)
     units = sum(member.endswith(f"/{RESULT}") for member in members)
     print(f"{name}: {units} finished units in {file} ({file.stat().st_size / 2**20:.1f} MiB)")
+
+
+def _pack(members: dict[str, Path], names: dict[str, str], scratch: Path, file: Path) -> None:
+    """Write name -> file and their manifest into one archive, which appears complete or not at all."""
+    manifest, packed = scratch / MANIFEST, scratch / "packed"
+    write_json(manifest, {"format": _FORMAT, **names, "files": {name: _sha256(path) for name, path in members.items()}})
+    with tarfile.open(packed, "w:gz") as tar:
+        for member, source in {MANIFEST: manifest, **members}.items():
+            tar.add(source, member, recursive=False)
+    os.replace(packed, file)
 
 
 def _carried(folder: StudyFolder, checkpoints: bool) -> Iterator[Path]:
@@ -145,7 +145,7 @@ def _sha256(path: Path) -> str:
 
 
 def import_study(file: Path, output: Path) -> None:
-    """Make the study's folder below `output`, or add to it. Raises UsageError; nothing is written before all is checked."""
+    """Make the study's folder below `output`, or add to it; all is checked before. Raises UsageError."""
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".carried.") as scratch:
         carried = Path(scratch) / "study"
@@ -157,7 +157,7 @@ def import_study(file: Path, output: Path) -> None:
             print(f"{manifest['study']}: {_finished(target)} finished units in {target}")
             return
         before = _finished(target)
-        _merge(carried, target, manifest["id"])
+        _merge(carried, target, manifest)
         print(f"{manifest['study']}: {_finished(target) - before} finished units added to {target}, which had {before}")
 
 
@@ -184,10 +184,12 @@ def _unpack(file: Path, into: Path) -> dict[str, Any]:
     return manifest
 
 
-def _merge(carried: Path, target: Path, token: str) -> None:
+def _merge(carried: Path, target: Path, manifest: dict[str, Any]) -> None:
     """Add the units that are missing, and take over the list where it goes on from the one that is here."""
+    from sweeps.list.study import TOKEN
+
     there = StudyFolder(target).read_study()
-    if there is None or there.get("id") != token:
+    if there is None or there.get(TOKEN) != manifest[TOKEN]:
         raise UsageError(f"{target} is the folder of another study; give another --output")
     newer = not (target / _LIST).exists() or _goes_on(target / _LIST, carried / _LIST)
     if not newer and not _goes_on(carried / _LIST, target / _LIST):

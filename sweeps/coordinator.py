@@ -222,11 +222,8 @@ class Coordinator:
                 reason = fault(attempts[-1])[1]
                 ledger.excuse(name, attempts)
                 self.workers.close(name, reason)
-                self.folder.event(
-                    "worker",
-                    f"worker {name} stops: it failed {len(attempts)} attempts in a row and finished nothing, they count "
-                    f"as its machine's: {reason}",
-                )
+                failures = f"{len(attempts)} attempts in a row, which count as its machine's"
+                self.folder.event("worker", f"worker {name} stops: finished nothing, failed {failures}: {reason}")
 
     def _run_lost_again(self, ledger: Ledger) -> None:
         """Once a command: units that were finished here, whose files are gone and of which the storage has no copy."""
