@@ -47,38 +47,44 @@ def test_a_retry_waits_for_another_worker_while_there_is_one(work: Ledger) -> No
     assert place(work, taken) == 1
 
 
-def test_alone_a_worker_takes_its_own_retries(work: Ledger) -> None:
-    assert [fail(work, "a-0-000001") for _ in range(5)] == [0, 1, 2, 3, 0]
+def test_alone_a_worker_tries_again_at_once(work: Ledger) -> None:
+    assert [fail(work, "a-0-000001") for _ in range(5)] == [0, 0, 0, 1, 1]
 
 
 def test_who_has_finished_something_may_try_again_what_it_failed_before(work: Ledger) -> None:
-    assert fail(work, "a-0-000001") == 0
+    other = work.ask(SPACE, "b-0-000000")
+    assert other is not None
+    assert fail(work, "a-0-000001") == 1
     good = work.ask(SPACE, "a-0-000002")
     assert good is not None
     work.study.tell(good, 0.5)
-    assert fail(work, "a-0-000002") == 0
+    assert fail(work, "a-0-000002") == 1
 
 
 def test_another_host_comes_before_another_slot_of_the_same(work: Ledger) -> None:
     work.enqueue("first", {"bank_momentum": 0.9})
     work.enqueue("second", {"bank_momentum": 0.8})
-    assert fail(work, "a-0-000001") == 0
+    work.enqueue("third", {"bank_momentum": 0.7})
+    busy = work.ask(SPACE, "b-1-000001")
+    assert busy is not None
+    assert place(work, busy) == 0
+    assert fail(work, "a-0-000001") == 1
     beside = work.ask(SPACE, "a-1-000001")  # another slot of the host that failed it: something else first
     assert beside is not None
-    assert place(work, beside) == 1
+    assert place(work, beside) == 2
     elsewhere = work.ask(SPACE, "b-0-000001")
     assert elsewhere is not None
-    assert place(work, elsewhere) == 0
+    assert place(work, elsewhere) == 1
 
 
 def test_several_configurations_in_a_row_and_nothing_finished_is_the_workers_fault(work: Ledger) -> None:
-    for _ in range(3):
+    for _ in range(4):  # three of the first, which is given up for it, and one of the next
         assert not is_sick(work.failures_of("a-0"))
         fail(work, "a-0-000001")
     failed = work.failures_of("a-0")
     assert is_sick(failed)
     work.excuse("a-0", failed)
-    assert [c.failures for c in work.configurations()] == [0, 0, 0]
+    assert [c.failures for c in work.configurations()] == [0, 0]
     assert work.failures_of("a-0") == []  # mended and started again, it begins anew
 
 

@@ -143,7 +143,7 @@ def test_a_study_of_an_older_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"study 's' in sqlite:.* was made by an older version of this project"):
         running_study("s", url, tmp_path)
     with pytest.raises(UsageError, match="study 's' in its storage was made by an older version"):
-        open_search(open_storage(url, 1, 3), "s", spec, search_budget(spec), data)
+        open_search(open_storage(url, 1, 3), "s", spec, search_budget(spec), data, tmp_path)
     study.set_user_attr("format", 3)
     with pytest.raises(UsageError, match=r"was made by another version \(format 3, this one's is 2\)"):
         running_study("s", url, tmp_path)

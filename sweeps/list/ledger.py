@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lda.config import METHOD
 from sweeps.list.attempts import UNIT, Configuration, Kind, configurations, fault, given_method
-from sweeps.list.machines import SICK, by_preference, excused, failures_at, slot_of, works_at
+from sweeps.list.machines import SICK, by_preference, excused, failures_at, slot_of
 from sweeps.list.storage import patiently, turn
 
 _OWNING_SECONDS = 60.0  # an attempt that was taken waits so long for the database to note by whom
@@ -137,14 +137,12 @@ class Ledger:
         known = self.configurations()
         begins = self.budget.begins(known, time.time())
         waiting = [c for c in known if c.last.state == TrialState.WAITING and (c.begun or begins)]
-        first, last = by_preference(waiting, known, worker)
-        for configuration in first:
+        for configuration in by_preference(waiting, known, worker):
             if (trial := self._started(configuration)) is not None:
                 return trial
         if self.budget.proposes and begins and all(c.begun for c in waiting):
             return Trial(self._view(), self.storage.create_new_trial(self._study_id))
-        others = any(c.last.state == TrialState.RUNNING and not works_at(c.last, worker) for c in known)
-        return None if others else next(filter(None, map(self._started, last)), None)
+        return None
 
     def _started(self, configuration: Configuration) -> Trial | None:
         """Its waiting attempt, now running; None if another process was faster."""

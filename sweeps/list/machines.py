@@ -59,13 +59,13 @@ def is_sick(failed: Sequence[FrozenTrial]) -> bool:
     return len(failed) >= FAILURES_IN_A_ROW and len({a.user_attrs.get("root", a.number) for a in failed}) > 1
 
 
-def by_preference(
-    waiting: Sequence[Configuration], known: Sequence[Configuration], worker: str
-) -> tuple[list[Configuration], list[Configuration]]:
-    """(what a worker may take at once, by number; what it has failed itself since it last finished anything).
+def by_preference(waiting: Sequence[Configuration], known: Sequence[Configuration], worker: str) -> list[Configuration]:
+    """What a worker may take, best first: by number, but last what its host failed since it last finished anything.
 
-    Of the first what its host has failed comes last.
+    What its own slot failed is left to others, as long as anything runs elsewhere; alone it tries again at once.
     """
+    if not any(c.last.state == TrialState.RUNNING and not works_at(c.last, worker) for c in known):
+        return sorted(waiting, key=lambda c: c.number)
     attempts = [attempt for configuration in known for attempt in configuration.attempts]
     by_slot = {a.number for a in failures_at(slot_of(worker), slot_of, attempts)}
     by_host = {a.number for a in failures_at(host_of(worker), host_of, attempts)}
@@ -73,8 +73,7 @@ def by_preference(
     def failed(configuration: Configuration, where: set[int]) -> bool:
         return any(attempt.number in where for attempt in configuration.attempts)
 
-    first = [c for c in waiting if not failed(c, by_slot)]
-    return sorted(first, key=lambda c: (failed(c, by_host), c.number)), [c for c in waiting if failed(c, by_slot)]
+    return sorted((c for c in waiting if not failed(c, by_slot)), key=lambda c: (failed(c, by_host), c.number))
 
 
 def _worker(attempt: FrozenTrial) -> str:
