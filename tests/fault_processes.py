@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 import time
+from contextlib import suppress
 
 from fault_arena import FAULTS, RETRIES, Arena, Play, injected, named, points, training
 from studies import REPOSITORY, Command, log_of, wait_for
@@ -59,8 +60,9 @@ def worker_stopped(arena: Arena) -> Play:
     os.kill(sleeper, signal.SIGSTOP)
     wait_for(lambda: any("trial-0000 will be tried again" in event for event in command.events()), process=process)
     wait_for(lambda: sum("trial-0000 started" in event for event in command.events()) == 2, 120, process)
-    os.kill(sleeper, signal.SIGCONT)
-    wait_for(lambda: sleeper not in command.workers(), 10)  # fenced
+    with suppress(ProcessLookupError):  # its coordinator has killed it already: others have its trial
+        os.kill(sleeper, signal.SIGCONT)
+    wait_for(lambda: sleeper not in command.workers(), 10)  # or it is fenced
     return 1, [command], process.wait(300)
 
 
@@ -245,16 +247,23 @@ def loss_nan(arena: Arena) -> Play:
 
 
 def random_kills(arena: Arena, count: int, seed: int) -> Play:
-    """Kills drawn from a seed: a worker, the coordinator, or everything; whatever ends the command starts it again.
+    """Kills drawn from a seed on two machines with disks of their own and one PostgreSQL: a worker, a coordinator, or
+    everything on a machine; whatever ends a command starts it again.
 
     The study has more trials than time until the last kill; then it ends with those it has begun.
     """
     draw = random.Random(seed)
-    command = arena.command(search={"sampler": "random", "trials": 100 * count})
-    process = command.start("--workers", "2")
+    arena.server()
+    search = {"sampler": "random", "trials": 100 * count}
+    machines = [arena.command(name, search=search) for name in "ab"]
+    processes = [machines[0].start()]
+    wait_for(training(machines[0], 0), process=processes[0])
+    processes.append(machines[1].start("--join"))
     killed = 0
     while killed < count:
         time.sleep(draw.uniform(0.5, 12.0))
+        which = draw.randrange(2)
+        command, process = machines[which], processes[which]
         assert process.poll() is None, command.output
         victim = draw.choice(["worker", "worker", "coordinator", "everything"])
         workers = command.workers()
@@ -269,7 +278,12 @@ def random_kills(arena: Arena, count: int, seed: int) -> Play:
             continue
         killed += 1
         if process.poll() is not None:
-            process = command.start("--workers", "2")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130, command.output
-    return killed, [command], command.run("--workers", "2", "--trials", "1")
+            processes[which] = command.start(*(["--join"] if which else []))
+    for command, process in zip(machines, processes, strict=True):
+        wait_for(lambda command=command: "Test (" in command.output, process=process)  # type: ignore[misc]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, command.output
+    ends = [command.start("--trials", "1") for command in machines]
+    code = max(process.wait(600) for process in ends)
+    assert set(machines[0].results()) == set(machines[1].results())
+    return killed, machines, code
