@@ -208,6 +208,7 @@ class Coordinator:
             self._excuse_sick_workers(ledger)
             for again in ledger.requeue():
                 self.folder.event("retry", f"{configuration_job(self.spec, again).trial} will be tried again")
+            ledger.withdraw_twins()
             self._run_lost_again(ledger)
         self._kill_overtaken(ledgers)
 

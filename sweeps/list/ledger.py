@@ -6,6 +6,7 @@ trials with one key only the first counts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -160,8 +161,7 @@ class Ledger:
 
     def _surplus(self, number: int) -> bool:
         """Whether an attempt that was just begun is a duplicate, or begins a configuration that the budget has no room
-        for: two workers asked at the same moment for the last place, or a limit has passed and only a further attempt
-        of another configuration may be started (Optuna hands out what waits by number).
+        for: two workers asked at the same moment for the last place, or a limit has passed meanwhile.
 
         All see the same numbers, so exactly the later ones step back. Further attempts of a configuration never do: it
         was begun, and is brought to an end also when the budget was lowered meanwhile.
@@ -200,6 +200,16 @@ class Ledger:
             nobody = trial.state == TrialState.RUNNING and "worker" not in trial.user_attrs
             if nobody and trial.datetime_start is not None and trial.datetime_start < oldest:
                 self.release(trial.number, "interrupted", "it was taken by nobody: the storage did not answer")
+
+    def withdraw_twins(self) -> None:
+        """End what waits and nobody will take: two coordinators enqueued the same thing at the same moment."""
+        trials = self.trials()
+        listed = {attempt.number for known in configurations(trials) for attempt in known.attempts}
+        for twin in (t for t in trials if t.state == TrialState.WAITING and t.number not in listed):
+            trial_id = self.storage.get_trial_id_from_study_id_trial_number(self._study_id, twin.number)
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another coordinator was faster
+                self.storage.set_trial_user_attr(trial_id, "withdrawn", True)
+                self.storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
 
     def requeue(self) -> list[Configuration]:
         """Enqueue another attempt of everything that failed and may be retried. Returns those configurations."""
