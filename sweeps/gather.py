@@ -7,12 +7,11 @@ the storage knows without saying so.
 from __future__ import annotations
 
 import platform
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lda.errors import UsageError
+from lda.errors import UsageError, warn
 from lda.runs import UnitFolder, is_finished
 from sweeps.list.archive import Archive
 from sweeps.list.attempts import Configuration
@@ -72,7 +71,7 @@ def restore(folder: StudyFolder, archive: Archive | None, units: Sequence[Record
         try:
             archive.restore(unit.place, folder.path / unit.place)
         except UsageError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            warn(str(error))
             left.append(unit)
     return left
 

@@ -17,14 +17,13 @@ import contextlib
 import fcntl
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from lda.errors import UsageError
+from lda.errors import UsageError, warn
 from lda.files import read_json, write_json
 from lda.runs import CONFIG, is_finished, made_by_this_code, training_of, unit_folders
 
@@ -143,7 +142,7 @@ class StudyFolder:
         try:
             content = read_json(path)
         except UsageError as error:
-            print(f"warning: {error}; it is made again from the storage", file=sys.stderr)
+            warn(f"{error}; it is made again from the storage")
             return None
         check_format(content.get("format"), str(path))
         return content

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,8 @@ from typing import Any
 from optuna.trial import Trial
 
 from lda.config import Config
+from lda.errors import FolderInUseError
+from lda.files import cannot_write
 from lda.runs import Result, UnitFolder, is_finished
 from lda.tracking import RunLabels
 from lda.trainer import TrainingError
@@ -29,7 +30,12 @@ from sweeps.plan.pruning import PrunedError, running_mean
 from sweeps.plan.spec import StudySpec
 from sweeps.study_folder import unit_name
 
-_FULL_DISK_SECONDS = 5.0
+_RETRY_SECONDS = 5.0
+_WAITING_SECONDS = 900.0
+
+
+class MachineError(Exception):
+    """This machine cannot run the unit; another one may."""
 
 
 @dataclass
@@ -108,8 +114,6 @@ class Attempt:
                 self._judge(index * config.schedule.epochs + progress.epoch, {**self._scores, target: progress.score})
 
         folder, unit = self.post.folder.path / self._place(target), self._unit(target, config)
-        if folder.is_symlink() and not folder.exists():
-            folder.unlink()  # what it led to is gone
         result = self._finished_elsewhere(folder, unit) or self._train(config, folder, target, on_progress)
         self.post.check()
         row = {"unit": result.unit, "mAP": result.mAP, "rank1": result.rank1, "seconds": result.seconds}
@@ -127,9 +131,12 @@ class Attempt:
         return row
 
     def _train(self, config: Config, folder: Path, target: str, on_progress: Callable[[Progress], None]) -> Result:
-        """Run the unit; on a full disk wait for room and go on from the checkpoint, for no trial is to blame."""
-        full = False
+        """Run the unit; wait, and go on from the checkpoint, while its disk refuses: no trial is to blame for that.
+
+        Raises MachineError where the disk goes on refusing: another worker may have a better one.
+        """
         training = config.training_hash(self.assignment.contents[target]["sources"])
+        told, end = False, time.monotonic() + _WAITING_SECONDS
         while True:
             try:
                 return run_unit(
@@ -138,16 +145,24 @@ class Attempt:
                     data_root=Path(self.assignment.data_root),
                     labels=self._labels(target),
                     on_progress=on_progress,
+                    check=self.post.check,
                     trained=self.post.folder.trained(training),
                 )
+            except FolderInUseError as error:  # of a worker that is frozen, or asleep on another machine
+                reason = str(error)
             except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-                if isinstance(error, TrainingError) or not _disk_full(folder):
+                reason = (
+                    "" if isinstance(error, TrainingError) else cannot_write(folder.parent, _checkpoint_size(folder))
+                )
+                if not reason:
                     raise
-                if not full:
-                    self.post.event("waiting", f"{self.job.title} {target} waits: the disk of {folder} is full")
-                full = True
-                time.sleep(_FULL_DISK_SECONDS)
-                self.post.check()
+            if time.monotonic() > end:
+                raise MachineError(reason)
+            if not told:
+                self.post.event("waiting", f"{self.job.title} {target} waits: {reason}")
+            told = True
+            time.sleep(_RETRY_SECONDS)
+            self.post.check()
 
     def _judge(self, step: int, scores: Mapping[str, float]) -> None:
         """Report where the trial stands; confirmations are never judged."""
@@ -170,7 +185,7 @@ class Attempt:
 
     def _finished_elsewhere(self, folder: Path, unit: str) -> Result | None:
         """The result of the same unit in another trial of this study; its folder then stands here as a link."""
-        if folder.exists() or (other := self.post.folder.finished_unit(unit)) is None:
+        if os.path.lexists(folder) or (other := self.post.folder.finished_unit(unit)) is None:
             return None
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(os.path.relpath(other, folder.parent), target_is_directory=True)
@@ -188,8 +203,7 @@ class Attempt:
         )
 
 
-def _disk_full(folder: Path) -> bool:
-    """Whether there is no room for what a unit writes: one more checkpoint, or 16 MiB before the first."""
+def _checkpoint_size(folder: Path) -> int:
+    """Bytes of what a unit writes next: one more checkpoint, or 16 MiB before the first."""
     checkpoint = UnitFolder(folder).checkpoint
-    needed = checkpoint.stat().st_size if checkpoint.exists() else 2**24
-    return shutil.disk_usage(folder.parent).free < needed
+    return checkpoint.stat().st_size if checkpoint.exists() else 2**24

@@ -29,7 +29,7 @@ from lda.code import this_code
 from lda.errors import UsageError
 from lda.trainer import TrainingError
 from sweeps.crew.assignment import STOP_SECONDS, Assignment, End
-from sweeps.crew.attempt import Attempt
+from sweeps.crew.attempt import Attempt, MachineError
 from sweeps.crew.heartbeat import log
 from sweeps.crew.post import Post, Stopped
 from sweeps.list.archive import open_archive
@@ -151,6 +151,9 @@ class Worker:
                 self._fail(ledger, trial, job, "interrupted", "stopped by the user")
             except TrainingError as error:
                 self._fail(ledger, trial, job, "final", str(error))
+            except MachineError as error:
+                self._fail(ledger, trial, job, "interrupted", str(error))
+                raise
             except UsageError as error:
                 self._fail(ledger, trial, job, "interrupted", str(error))
                 raise
