@@ -187,6 +187,7 @@ def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> Stud
 
 
 def _status(name: str, url: str, folder: Path) -> None:
+    from sweeps.gather import missing
     from sweeps.list.study import running_study
     from sweeps.study_folder import StudyFolder
     from sweeps.views.display import print_status
@@ -195,6 +196,8 @@ def _status(name: str, url: str, folder: Path) -> None:
     found = running_study(name, url, folder)
     now = snapshot(name, found.spec, StudyFolder(folder), found.budget, found.search, found.confirm)
     print_status(now, found.spec.grace_seconds)
+    if absent := missing(found.spec, StudyFolder(folder.resolve()), [*found.search, *found.confirm]):
+        print(f"{len(absent)} finished units are not in {folder}; the study's command copies them: {absent[0]}, ...")
 
 
 def _coordinate(

@@ -21,6 +21,7 @@ def unit(tmp_path: Path) -> Path:
     """A finished unit with everything that one may have."""
     folder = tmp_path / "a" / "trial-0000" / "market1501-s0"
     run = run_folder(folder)
+    run.write_config()
     run.write_environment("cpu")
     for step in (5, 10):
         run.log({"step": step, "lr": 0.1})

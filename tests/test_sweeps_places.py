@@ -57,7 +57,7 @@ def test_a_unit_that_vanished_is_restored_and_not_run_again(command: Command) ->
 
 def test_a_unit_that_is_nowhere_is_run_again_and_said(finished: Command, tmp_path: Path) -> None:
     """As after a power cut: the storage knows of it, its files are gone, and so is the copy."""
-    shutil.copytree(finished.study, finished.study.parent / "kept")
+    shutil.copytree(finished.study, tmp_path / "kept")
     before = read_json(finished.study / "trial-0001" / "cuhk03-s0" / "result.json")
     shutil.rmtree(finished.study / "trial-0001" / "cuhk03-s0")
     _sql(finished.study, "DELETE FROM lda_unit_files WHERE place = 'trial-0001/cuhk03-s0'")
@@ -68,7 +68,7 @@ def test_a_unit_that_is_nowhere_is_run_again_and_said(finished: Command, tmp_pat
         assert {**again, "seconds": 0, "images_per_second": 0} == {**before, "seconds": 0, "images_per_second": 0}
     finally:
         shutil.rmtree(finished.study)
-        (finished.study.parent / "kept").rename(finished.study)
+        shutil.copytree(tmp_path / "kept", finished.study)
 
 
 def test_what_lies_on_another_machine_only_is_named_and_the_study_not_called_done(command: Command) -> None:

@@ -151,10 +151,8 @@ class Attempt:
             except FolderInUseError as error:  # of a worker that is frozen, or asleep on another machine
                 reason = str(error)
             except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-                reason = (
-                    "" if isinstance(error, TrainingError) else cannot_write(folder.parent, _checkpoint_size(folder))
-                )
-                if not reason:
+                reason = cannot_write(folder.parent, _checkpoint_size(folder))
+                if isinstance(error, TrainingError) or not reason:
                     raise
             if time.monotonic() > end:
                 raise MachineError(reason)
