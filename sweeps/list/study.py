@@ -17,14 +17,16 @@ from optuna.trial import TrialState
 from lda.config import METHOD
 from lda.errors import UsageError
 from lda.methods import CONTROL
+from sweeps.list.addresses import elsewhere, file_of, masked
 from sweeps.list.jobs import Job, is_default, search_job
 from sweeps.list.ledger import Budget, Configuration, Distributions, Ledger, configurations, point_key
-from sweeps.list.storage import masked, open_storage
+from sweeps.list.storage import engine_of, opened
 from sweeps.plan.images import Data
 from sweeps.plan.space import distributions
 from sweeps.plan.spec import StudySpec, differences, from_dict, named_settings, same_study, to_dict
 from sweeps.study_folder import BASELINE, FORMAT, check_format
 
+_HINT = ", or say where it runs by --storage"
 _CREATION_SECONDS = 20.0  # a few dozen inserts; a creator that takes longer is dead
 
 
@@ -69,11 +71,13 @@ def open_search(storage: BaseStorage, name: str, spec: StudySpec, budget: Budget
     study, created = create_or_load(storage, name, prepare)
     attributes = study.user_attrs
     check_format(attributes.get("format"), f"study {name!r} in its storage")
-    check_same(name, from_dict(attributes["spec"]), spec)
+    engine = engine_of(storage)
+    instead = elsewhere(None if engine is None else file_of(str(engine.url)), name)
+    check_same(name, from_dict(attributes["spec"]), spec, instead)
     if attributes["contents"] != data.contents:
         raise UsageError(
             f"the images in {data.root} are not those that study {name!r} was begun with; restore them, or give "
-            "another --output"
+            f"{instead}"
         )
     study.set_user_attr("spec", to_dict(spec))  # budgets may have changed; --join and --status read them here
     ledger = Ledger(storage, study, budget)
@@ -81,12 +85,12 @@ def open_search(storage: BaseStorage, name: str, spec: StudySpec, budget: Budget
     return ledger, created
 
 
-def check_same(name: str, before: StudySpec, now: StudySpec) -> None:
-    """Raises UsageError naming what differs from the study as it was begun."""
+def check_same(name: str, before: StudySpec, now: StudySpec, instead: str = "another --output") -> None:
+    """Raises UsageError naming what differs from the study as it was begun; `instead` is what begins another one."""
     found = differences(same_study(before), same_study(now))
     if found:
         raise UsageError(
-            f"study {name!r} was begun with other settings: {'; '.join(found)}. Give the old ones, or another --output"
+            f"study {name!r} was begun with other settings: {'; '.join(found)}. Give the old ones, or {instead}"
         )
 
 
@@ -102,16 +106,22 @@ class Found:
 
 def running_study(study: str, url: str, folder: Path) -> Found:
     """Read a study from its storage. Raises UsageError when there is none."""
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
-        raise UsageError(f"no study {study!r} in {folder} yet; start it first")
-    storage = open_storage(url, 60, 180)
+    if (file := file_of(url)) is not None and not file.exists():
+        raise UsageError(f"no study {study!r} in {folder} yet; start it first{_HINT} (there is no {file})")
+    with opened(url, reads_only=True) as storage:
+        return _read(study, storage, masked(url))
+
+
+def _read(study: str, storage: BaseStorage, where: str) -> Found:
     try:
         loaded = optuna.load_study(study_name=study, storage=storage)
     except KeyError:
-        raise UsageError(f"no study {study!r} in {masked(url)} yet; start it first") from None
+        names = [name for name in optuna.study.get_all_study_names(storage) if not name.endswith(confirm_study(""))]
+        held = f"it holds {', '.join(sorted(names)[:10])}" if names else "it holds none"
+        raise UsageError(f"no study {study!r} in {where} yet; start it first{_HINT} ({held})") from None
     if "format" not in loaded.user_attrs and "spec" not in loaded.user_attrs:
         raise UsageError(f"study {study!r} is still being set up, try again in a moment")
-    check_format(loaded.user_attrs.get("format"), f"study {study!r} in {masked(url)}")
+    check_format(loaded.user_attrs.get("format"), f"study {study!r} in {where}")
     if "spec" not in loaded.user_attrs:
         raise UsageError(f"study {study!r} is still being set up, try again in a moment")
     spec = from_dict(loaded.user_attrs["spec"])
