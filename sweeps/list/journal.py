@@ -58,7 +58,7 @@ class Journal(BaseJournalBackend):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-        with self._locked(), path.open("r+b") as file:
+        with self.locked(), path.open("r+b") as file:
             self._mend(file.fileno(), 0)
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ class Journal(BaseJournalBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write records; they are on the disk when it returns, and not at all when it raises."""
         lines = b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs)
-        with _as_outage(), self._locked():
+        with _as_outage(), self.locked():
             file = os.open(self._path, os.O_RDWR)  # never made anew: records without those before mean nothing
             try:
                 end = self._mend(file, self._starts[-1])
@@ -101,8 +101,8 @@ class Journal(BaseJournalBackend):
 
     def _damaged(self, number: int, line: bytes) -> JournalError:
         return JournalError(
-            f"{self._path}: line {number} is damaged ({len(line)} bytes that are no record), and what follows needs it. "
-            f"Restore a copy; or go on from before it (finished units stay in the study's folder): "
+            f"{self._path}: line {number} is damaged ({len(line)} bytes, no record), and what follows needs it. "
+            f"Restore a copy; or go on from before it (finished units are kept): "
             f"head -n {number - 1} {self._path} > sound && mv sound {self._path}"
         )
 
@@ -132,7 +132,8 @@ class Journal(BaseJournalBackend):
         return end
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """Nobody else writes meanwhile. A lock that a dead process left is waited for 5 seconds at most, and said."""
         with self._turn:
             self._foreign.acquire()
             try:
