@@ -67,7 +67,8 @@ class Server:
 
     def ordinary(self) -> str:
         """URL of a database of an ordinary user, `study`: limits of connections do not hold for a superuser."""
-        self.sql(f"CREATE ROLE study LOGIN PASSWORD '{self._password}'", "CREATE DATABASE study OWNER study")
+        escaped = self._password.replace("'", "''")
+        self.sql(f"CREATE ROLE study LOGIN PASSWORD '{escaped}'", "CREATE DATABASE study OWNER study")
         return self._url("study", "study")
 
     def sql(self, *statements: str) -> None:

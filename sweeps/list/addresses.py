@@ -137,8 +137,8 @@ def masked(url: str) -> str:
     if "://" not in url:
         harmless = scheme == "journal" or not re.search(r"[@=]", url)
         return url if harmless else f"{scheme}:{HIDDEN}"
-    if scheme in ("journal", "sqlite") and not re.search(r"[@?]", url):
-        return url
+    if scheme == "journal" or (url.lower().startswith(_SQLITE) and "?" not in url):
+        return url  # a path
     parsed = _parsed(url)
     if parsed is None:
         return f"{scheme}://{HIDDEN}"
@@ -194,7 +194,7 @@ def _secrets(url: URL) -> list[str]:
 
 
 def _parsed(url: str) -> URL | None:
-    """The URL as the database's driver gets it; None where there is none, or a part of a password became a host."""
+    """The URL as the database's driver gets it; None where it is none, or what may be of a password became a host."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
@@ -202,5 +202,5 @@ def _parsed(url: str) -> URL | None:
         parsed = make_url(url)
     except (ArgumentError, ValueError):  # a port that is no number
         return None
-    where = (parsed.host or "") + (parsed.database or "")
-    return None if "@" in where else parsed
+    host, database = parsed.host or "", parsed.database or ""
+    return parsed if re.fullmatch(r"[\w.:,%/-]*", host) and not re.search("[@:]", database) else None

@@ -8,6 +8,7 @@ Whoever opens a storage closes it, by `close_storage` or by leaving `opened`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import time
 import warnings
@@ -65,6 +66,7 @@ def open_storage(url: str, heartbeat_seconds: int, grace_seconds: int, *, reads_
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used with")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("optuna.storages._rdb.storage").addFilter(_worth_telling)
     file = file_of(url)
     with reached(url):
         if file is not None:
@@ -112,6 +114,11 @@ def reason(error: BaseException) -> str:
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     return cleaned(lines[0] if lines else type(error).__name__)
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """A cut connection, told with twenty lines of SQL before Optuna tries again: if that fails too, it raises."""
+    return "Falling back to a slower alternative" not in record.getMessage()
 
 
 def _check_place(file: Path, must_exist: bool) -> None:
