@@ -57,7 +57,7 @@ def network_cut(arena: Arena) -> Play:
 
 @named("connection storm")
 def connection_storm(arena: Arena) -> Play:
-    """Every connection is cut three times a second for as long as the first two configurations take."""
+    """Every connection is cut ten times a second for as long as the first two configurations take."""
     server = arena.server()
     arena.url = server.ordinary()
     command = arena.command()
@@ -67,7 +67,7 @@ def connection_storm(arena: Arena) -> Play:
 
     def cut() -> None:
         nonlocal cuts
-        while not over.wait(0.3):
+        while not over.wait(0.1):
             server.cut()
             cuts += 1
 
