@@ -203,4 +203,5 @@ def _parsed(url: str) -> URL | None:
     except (ArgumentError, ValueError):  # a port that is no number
         return None
     host, database = parsed.host or "", parsed.database or ""
-    return parsed if re.fullmatch(r"[\w.:,%/-]*", host) and not re.search("[@:]", database) else None
+    odd = not re.fullmatch(r"[\w.:,%/-]*", host) or (re.search("[@:]", database) and parsed.drivername != "sqlite")
+    return None if odd else parsed

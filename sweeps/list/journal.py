@@ -47,7 +47,7 @@ class Journal(BaseJournalBackend):
     """
 
     def __init__(self, path: Path, reads_only: bool = False) -> None:
-        self._path = path = path.absolute()  # Optuna's lock is a link to it
+        self.path = path = path.absolute()  # Optuna's lock is a link to it
         self._starts = [0]  # of every record read so far, and of the next
         self._turn = FileLock(f"{path}.turn", timeout=_LOCK_SECONDS, poll_interval=0.005)
         self._foreign = JournalFileSymlinkLock(str(path), grace_period=_FOREIGN_SECONDS)
@@ -81,7 +81,7 @@ class Journal(BaseJournalBackend):
         """Write records; they are on the disk when it returns, and not at all when it raises."""
         lines = b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs)
         with _as_outage(), self.locked():
-            file = os.open(self._path, os.O_RDWR)  # never made anew: records without those before mean nothing
+            file = os.open(self.path, os.O_RDWR)  # never made anew: records without those before mean nothing
             try:
                 end = self._mend(file, self._starts[-1])
                 try:
@@ -93,17 +93,17 @@ class Journal(BaseJournalBackend):
                 os.close(file)
 
     def _read(self, start: int) -> bytes:
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < start:
-                raise JournalError(f"{self._path} became shorter while it was in use; start the study's commands again")
+                raise JournalError(f"{self.path} became shorter while it was in use; start the study's commands again")
             file.seek(start)
             return file.read()
 
     def _damaged(self, number: int, line: bytes) -> JournalError:
         return JournalError(
-            f"{self._path}: line {number} is damaged ({len(line)} bytes, no record), and what follows needs it. "
+            f"{self.path}: line {number} is damaged ({len(line)} bytes, no record), and what follows needs it. "
             f"Restore a copy; or go on from before it (finished units are kept): "
-            f"head -n {number - 1} {self._path} > sound && mv sound {self._path}"
+            f"head -n {number - 1} {self.path} > sound && mv sound {self.path}"
         )
 
     def _mend(self, file: int, start: int) -> int:
@@ -114,17 +114,17 @@ class Journal(BaseJournalBackend):
         if not rest:
             return end
         if end == 0 and not rest.startswith(_BEGINNING[: len(rest)]) and rest.strip(b"\0"):
-            raise JournalError(f"{self._path} is no journal of Optuna's; give a new file, or the right one")
+            raise JournalError(f"{self.path} is no journal of Optuna's; give a new file, or the right one")
         if _record(rest) is not None:  # all but the end of its line
             _write(file, b"\n", end + len(rest))
             return end + len(rest) + 1
-        kept = Path(f"{self._path}.torn")
+        kept = Path(f"{self.path}.torn")
         with kept.open("ab") as copy:
             copy.write(rest + b"\n")
         os.ftruncate(file, end)
         os.fsync(file)
         print(
-            f"warning: {self._path}: its last record was torn ({len(rest)} bytes, now in {kept.name}) and is left out; "
+            f"warning: {self.path}: its last record was torn ({len(rest)} bytes, now in {kept.name}) and is left out; "
             "all before it is whole",
             file=sys.stderr,
             flush=True,

@@ -226,6 +226,14 @@ def engine_of(storage: BaseStorage) -> Engine | None:
     return engine
 
 
+def file_behind(storage: BaseStorage) -> Path | None:
+    """The file of a storage that is one; None for a database server."""
+    if (engine := engine_of(storage)) is not None:
+        return file_of(str(engine.url))
+    backend = getattr(storage, "_backend", None)
+    return backend.path if isinstance(backend, Journal) else None
+
+
 def patiently(action: Callable[[], T], seconds: float) -> T:
     """Do it, and again with growing pauses while the storage is away, for so many seconds at most."""
     end, pause = time.monotonic() + seconds, 0.1

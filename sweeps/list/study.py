@@ -20,7 +20,7 @@ from lda.methods import CONTROL
 from sweeps.list.addresses import elsewhere, file_of, masked
 from sweeps.list.jobs import Job, is_default, search_job
 from sweeps.list.ledger import Budget, Configuration, Distributions, Ledger, configurations, point_key
-from sweeps.list.storage import engine_of, opened
+from sweeps.list.storage import file_behind, opened
 from sweeps.plan.images import Data
 from sweeps.plan.space import distributions
 from sweeps.plan.spec import StudySpec, differences, from_dict, named_settings, same_study, to_dict
@@ -71,8 +71,7 @@ def open_search(storage: BaseStorage, name: str, spec: StudySpec, budget: Budget
     study, created = create_or_load(storage, name, prepare)
     attributes = study.user_attrs
     check_format(attributes.get("format"), f"study {name!r} in its storage")
-    engine = engine_of(storage)
-    instead = elsewhere(None if engine is None else file_of(str(engine.url)), name)
+    instead = elsewhere(file_behind(storage), name)
     check_same(name, from_dict(attributes["spec"]), spec, instead)
     if attributes["contents"] != data.contents:
         raise UsageError(
