@@ -253,10 +253,11 @@ def _coordinate(
 def _as_typed(arguments: Sequence[str]) -> str:
     """The command for a person to repeat, no password in it."""
     kept, storages = split_storage(arguments)
-    options = [f"--storage={masked(storages[-1])}"] if storages else []
+    if any(has_password(storage) for storage in storages):
+        arguments = [*kept, f"--storage={masked(storages[-1])}"]
     inherited = None if storages else asked_for(None)
     before = f"{VARIABLE}={shlex.quote(masked(inherited))} " if inherited else ""
-    return before + shlex.join(["python", "sweeps/run.py", *map(cleaned, kept), *options])
+    return before + shlex.join(["python", "sweeps/run.py", *arguments])
 
 
 def _announce(plan: Plan, fixed: Sequence[str]) -> None:

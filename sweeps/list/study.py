@@ -20,7 +20,7 @@ from lda.methods import CONTROL
 from sweeps.list.addresses import elsewhere, file_of, masked
 from sweeps.list.jobs import Job, is_default, search_job
 from sweeps.list.ledger import Budget, Configuration, Distributions, Ledger, configurations, point_key
-from sweeps.list.storage import file_behind, opened
+from sweeps.list.storage import file_behind, opened, reached
 from sweeps.plan.images import Data
 from sweeps.plan.space import distributions
 from sweeps.plan.spec import StudySpec, differences, from_dict, named_settings, same_study, to_dict
@@ -107,7 +107,7 @@ def running_study(study: str, url: str, folder: Path) -> Found:
     """Read a study from its storage. Raises UsageError when there is none."""
     if (file := file_of(url)) is not None and not file.exists():
         raise UsageError(f"no study {study!r} in {folder} yet; start it first{_HINT} (there is no {file})")
-    with opened(url, reads_only=True) as storage:
+    with reached(url), opened(url, reads_only=True) as storage:
         return _read(study, storage, masked(url))
 
 
