@@ -131,6 +131,7 @@ def test_a_path_that_is_no_journal(tmp_path: Path, make: object, said: str) -> N
     with pytest.raises(UsageError, match=said):
         open_storage(f"journal:{path}", 1, 3)
     assert content is None or path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]  # no lock beside somebody's notes
     with pytest.raises(StorageError, match=f"there is no folder {tmp_path}/nothing; make it"):
         open_storage(f"journal:{tmp_path}/nothing/x.log", 1, 3)
     with pytest.raises(StorageError, match="there is no file"):

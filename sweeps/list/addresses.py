@@ -76,8 +76,8 @@ def _postgresql_url(requested: str, rest: str) -> str:
     url = _parsed(f"postgresql+psycopg:{rest}")
     if url is None:
         raise UsageError(
-            f"--storage {masked(requested)}: this is no URL; expected {_FORM}. In a name or a password write : / @ as "
-            "%3A %2F %40, or leave the password to PGPASSWORD or ~/.pgpass"
+            f"--storage {masked(requested)}: no URL that can be read; expected {_FORM}. In a name or a "
+            "password write : / @ as %3A %2F %40, or leave the password to PGPASSWORD or ~/.pgpass"
         )
     if not (url.host or url.database or url.query):
         raise UsageError(f"--storage {masked(requested)}: the address is missing; expected {_FORM}")

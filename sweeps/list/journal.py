@@ -51,6 +51,8 @@ class Journal(BaseJournalBackend):
         self._starts = [0]  # of every record read so far, and of the next
         self._turn = FileLock(f"{path}.turn", timeout=_LOCK_SECONDS, poll_interval=0.005)
         self._foreign = JournalFileSymlinkLock(str(path), grace_period=_FOREIGN_SECONDS)
+        if path.exists():
+            self._check_kind()
         if reads_only:
             return
         if not path.exists():
@@ -99,6 +101,12 @@ class Journal(BaseJournalBackend):
             file.seek(start)
             return file.read()
 
+    def _check_kind(self) -> None:
+        with self.path.open("rb") as file:
+            head = file.read(len(_BEGINNING))
+        if head.lstrip(b"\0") == head and not _BEGINNING.startswith(head):
+            raise JournalError(f"{self.path} is no journal of Optuna's; give a new file, or the right one")
+
     def _damaged(self, number: int, line: bytes) -> JournalError:
         return JournalError(
             f"{self.path}: line {number} is damaged ({len(line)} bytes, no record), and what follows needs it. "
@@ -113,8 +121,6 @@ class Journal(BaseJournalBackend):
         end = start + sum(map(len, sound))
         if not rest:
             return end
-        if end == 0 and not rest.startswith(_BEGINNING[: len(rest)]) and rest.strip(b"\0"):
-            raise JournalError(f"{self.path} is no journal of Optuna's; give a new file, or the right one")
         if _record(rest) is not None:  # all but the end of its line
             _write(file, b"\n", end + len(rest))
             return end + len(rest) + 1
