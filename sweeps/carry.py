@@ -26,7 +26,7 @@ from lda.command import exit_code
 from lda.errors import FailedError, UsageError
 from lda.files import read_json, write_json
 from lda.runs import RESULT, UnitFolder, finished, record_files, unit_folders
-from sweeps.list.storage import VARIABLE, open_storage, storage_url
+from sweeps.list.addresses import VARIABLE, storage_url
 from sweeps.study_folder import EVENTS, STUDY, StudyFolder
 
 MANIFEST = "MANIFEST.json"
@@ -67,6 +67,7 @@ def export_study(path: Path, file: Path, url: str, checkpoints: bool) -> None:
     """Write a study's folder and list into one file. Raises FailedError naming units that are nowhere to be found."""
     from sweeps.gather import gather
     from sweeps.list.archive import open_archive
+    from sweeps.list.storage import opened
     from sweeps.list.study import TOKEN, running_study, token_of
 
     folder = StudyFolder(path.resolve())
@@ -75,13 +76,12 @@ def export_study(path: Path, file: Path, url: str, checkpoints: bool) -> None:
         raise UsageError(f"{path}: expected a study's folder (it holds {STUDY}), such as runs/protocol3")
     name = content["study"]
     found = running_study(name, url, path)
-    storage = open_storage(url, found.spec.heartbeat_seconds, found.spec.grace_seconds)
-    token = token_of(_study(storage, name))
-    gathered = gather(found.spec, folder, open_archive(storage, token), [*found.search, *found.confirm])
-    if gathered.left:
-        raise FailedError(f"{len(gathered.left)} finished units are not here: {', '.join(map(str, gathered.left))}")
-    members = {source.relative_to(folder.path).as_posix(): source for source in _carried(folder, checkpoints)}
-    with tempfile.TemporaryDirectory(dir=file.absolute().parent, prefix=f".{file.name}.") as scratch:
+    with opened(url) as storage, tempfile.TemporaryDirectory(dir=file.absolute().parent, prefix=".carried.") as scratch:
+        token = token_of(_study(storage, name))
+        gathered = gather(found.spec, folder, open_archive(storage, token), [*found.search, *found.confirm])
+        if gathered.left:
+            raise FailedError(f"{len(gathered.left)} finished units are not here: {', '.join(map(str, gathered.left))}")
+        members = {source.relative_to(folder.path).as_posix(): source for source in _carried(folder, checkpoints)}
         members[_LIST] = Path(scratch) / _LIST
         _copy_list(storage, name, members[_LIST])
         _pack(members, {"study": name, TOKEN: token}, Path(scratch), file)
@@ -117,17 +117,18 @@ def _copy_list(storage: Any, name: str, target: Path) -> None:
     from optuna.trial import TrialState
 
     from sweeps.list.ledger import Budget, Ledger
+    from sweeps.list.storage import opened
     from sweeps.list.study import confirm_study
 
-    copied = open_storage(storage_url(f"sqlite:///{target}", target.parent), 60, 180)
-    for study in (name, confirm_study(name)):
-        if study not in optuna.study.get_all_study_names(storage):
-            continue
-        optuna.copy_study(from_study_name=study, from_storage=storage, to_storage=copied)
-        ledger = Ledger(copied, _study(copied, study), Budget(None, 0, proposes=False))
-        for trial in ledger.trials():
-            if trial.state == TrialState.RUNNING:
-                ledger.release(trial.number, "interrupted", "the study was carried to another machine")
+    with opened(storage_url(f"sqlite:///{target}", target.parent)) as copied:
+        for study in (name, confirm_study(name)):
+            if study not in optuna.study.get_all_study_names(storage):
+                continue
+            optuna.copy_study(from_study_name=study, from_storage=storage, to_storage=copied)
+            ledger = Ledger(copied, _study(copied, study), Budget(None, 0, proposes=False))
+            for trial in ledger.trials():
+                if trial.state == TrialState.RUNNING:
+                    ledger.release(trial.number, "interrupted", "the study was carried to another machine")
 
 
 def _study(storage: Any, name: str) -> Any:
@@ -214,17 +215,19 @@ def _goes_on(earlier: Path, later: Path) -> bool:
     """Whether everything that had ended in one list has ended the same way in the other."""
     import optuna
 
+    from sweeps.list.storage import opened
+
     ended = []
     for path in (earlier, later):
-        storage = open_storage(storage_url(f"sqlite:///{path.resolve()}", path.parent), 60, 180)
-        ended.append(
-            {
-                (study, trial.number): (trial.state, trial.values, trial.params)
-                for study in optuna.study.get_all_study_names(storage)
-                for trial in _study(storage, study).get_trials(deepcopy=False)
-                if trial.state.is_finished()
-            }
-        )
+        with opened(storage_url(f"sqlite:///{path.resolve()}", path.parent)) as storage:
+            ended.append(
+                {
+                    (study, trial.number): (trial.state, trial.values, trial.params)
+                    for study in optuna.study.get_all_study_names(storage)
+                    for trial in _study(storage, study).get_trials(deepcopy=False)
+                    if trial.state.is_finished()
+                }
+            )
     return all(ended[1].get(key) == value for key, value in ended[0].items())
 
 

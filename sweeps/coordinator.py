@@ -14,11 +14,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
-from sqlalchemy.exc import DBAPIError
 
 from lda.code import this_code
 from lda.runs import environment
@@ -31,7 +30,7 @@ from sweeps.list.attempts import Configuration, Kind, fault
 from sweeps.list.jobs import configuration_job
 from sweeps.list.ledger import Ledger
 from sweeps.list.machines import is_sick
-from sweeps.list.storage import masked, open_storage
+from sweeps.list.storage import OUTAGE, close_storage, masked, open_storage, patiently, reached, reason
 from sweeps.list.study import TOKEN, open_confirmation, open_search, search_budget, shortfall, token_of
 from sweeps.ownership import check_folder, check_storage
 from sweeps.plan.images import Data
@@ -43,6 +42,8 @@ from sweeps.views.trial_files import Mirror
 
 _POLL_SECONDS = 0.25
 _UPKEEP_SECONDS = 1.0
+_AWAY: tuple[type[Exception], ...] = (*OUTAGE, OSError)  # a storage, or a disk
+_GATHERING_SECONDS = 600.0  # an outage at the very end is waited for
 
 
 @dataclass(frozen=True)
@@ -77,26 +78,38 @@ class Coordinator:
         self.plan, self.spec, self.folder = plan, plan.spec, plan.folder
         before = check_folder(plan.study, self.spec, self.folder, plan.storage)
         self.folder.path.mkdir(parents=True, exist_ok=True)  # the default storage lies in it
-        self.storage: BaseStorage = open_storage(plan.storage, self.spec.heartbeat_seconds, self.spec.grace_seconds)
         hours = self.spec.search.hours
         self.budget = search_budget(self.spec, None if hours is None else time.time() + 3600 * hours)
-        self.search, created = open_search(
-            self.storage, plan.study, self.spec, self.budget, plan.data, self.folder.path, plan.mixed_code
-        )
-        check_storage(self.search.study, created, before, self.folder.path, plan.storage)
+        self.storage: BaseStorage = open_storage(plan.storage, self.spec.heartbeat_seconds, self.spec.grace_seconds)
+        try:
+            with reached(plan.storage):
+                created = self._begin(before)
+        except BaseException:
+            self.close()
+            raise
         # A study begun by this command is repeatable; whoever comes later must not repeat proposals.
         self._salt = "" if created else uuid.uuid4().hex
-        token = token_of(self.search.study)
-        self.archive = open_archive(self.storage, token)
-        self.folder.workers.mkdir(exist_ok=True)
-        self.folder.write_study(_content(plan, token))
         self.confirm: Ledger | None = None
         self.mirror = Mirror(self.folder, self.spec)
         self.workers = WorkerPool(plan.slots, self.folder, self._assignment)
         self.stop = threading.Event()
         self._outage = self._limit_told = False
         self._looked_over: set[str] = set()
-        self._known: tuple[list[Configuration], list[Configuration]] = (self.search.configurations(), [])
+        self._known: tuple[list[Configuration], list[Configuration]] = ([], [])
+
+    def _begin(self, before: dict[str, Any] | None) -> bool:
+        """Create the study, or check that the one in the storage is ours; then say so in the folder, whose study.json
+        was `before`. Returns whether it was created."""
+        plan = self.plan
+        self.search, created = open_search(
+            self.storage, plan.study, self.spec, self.budget, plan.data, self.folder.path, plan.mixed_code
+        )
+        check_storage(self.search.study, created, before, self.folder.path, plan.storage)
+        token = token_of(self.search.study)
+        self.archive = open_archive(self.storage, token)
+        self.folder.workers.mkdir(exist_ok=True)
+        self.folder.write_study(_content(plan, token))
+        return created
 
     def run(self) -> bool:
         """Work until nothing is left to do. Returns False when interrupted.
@@ -121,9 +134,15 @@ class Coordinator:
 
     def gather(self) -> Gathered:
         """Bring every finished unit of the study here, before anything is drawn of them."""
-        gathered = gather(self.spec, self.folder, self.archive, [*self._known[0], *self._known[1]])
+        known = [*self._known[0], *self._known[1]]
+        with reached(self.plan.storage):
+            gathered = patiently(lambda: gather(self.spec, self.folder, self.archive, known), _GATHERING_SECONDS)
         self.mirror.update(*self._known)
         return gathered
+
+    def close(self) -> None:
+        """Let go of the storage."""
+        close_storage(self.storage)
 
     def look(self) -> Snapshot:
         """The study as of the last upkeep."""
@@ -170,10 +189,9 @@ class Coordinator:
         """Upkeep that outlasts a storage that is away or a disk that is full: told once, tried on."""
         try:
             finished = self._upkeep(kind)
-        except (optuna.exceptions.StorageInternalError, DBAPIError, OSError) as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
+        except _AWAY as error:
             if not self._outage:
-                print(f"storage or disk does not answer, trying on: {reason}", file=sys.stderr, flush=True)
+                print(f"storage or disk does not answer, trying on: {reason(error)}", file=sys.stderr, flush=True)
             self._outage = True
             return False
         self._outage = False
@@ -220,11 +238,11 @@ class Coordinator:
         all_sick = all(failed.values()) and is_sick(every)
         for name, attempts in failed.items():
             if attempts and (all_sick or is_sick(attempts)):
-                reason = fault(attempts[-1])[1]
+                why = fault(attempts[-1])[1]
                 ledger.excuse(name, attempts)
-                self.workers.close(name, reason)
+                self.workers.close(name, why)
                 failures = f"{len(attempts)} attempts in a row, which count as its machine's"
-                self.folder.event("worker", f"worker {name} stops: finished nothing, failed {failures}: {reason}")
+                self.folder.event("worker", f"worker {name} stops: finished nothing, failed {failures}: {why}")
 
     def _run_lost_again(self, ledger: Ledger) -> None:
         """Once a command: units that were finished here, whose files are gone and of which the storage has no copy."""

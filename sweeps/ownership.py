@@ -8,8 +8,8 @@ from typing import Any
 
 from optuna.study import Study
 
-from lda.errors import UsageError
-from sweeps.list.storage import masked
+from lda.errors import UsageError, warn
+from sweeps.list.addresses import cleaned, elsewhere, file_of, masked
 from sweeps.list.study import TOKEN, check_same, is_known, token_of
 from sweeps.plan.spec import StudySpec, from_flat
 from sweeps.study_folder import STUDY, StudyFolder
@@ -33,7 +33,9 @@ def check_folder(name: str, spec: StudySpec, folder: StudyFolder, url: str) -> d
             f"{folder.path} is the folder of study {before.get('study')!r}, not of {name!r}: give the study file its "
             "old name, or another --output"
         )
-    check_same(name, from_flat(before), spec)
+    if any(cleaned(said) != said for said in (str(before.get("command")), str(before.get("storage")))):
+        warn(f"{folder.path / STUDY} held a password in clear text; it is masked there now: change the password")
+    check_same(name, from_flat(before), spec, elsewhere(file_of(url), name))
     return before
 
 

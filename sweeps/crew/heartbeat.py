@@ -9,8 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-import optuna
-from sqlalchemy.exc import DBAPIError
+from sweeps.list.storage import OUTAGE, reason
 
 EXIT_FENCED = 75  # EX_TEMPFAIL: nothing is wrong with the worker, it only lost touch
 EXIT_HUNG = 76
@@ -97,8 +96,8 @@ class Heartbeat:
             now = _uptime()
             try:
                 self._beat()
-            except (optuna.exceptions.StorageInternalError, DBAPIError) as error:
-                log(f"heartbeat not recorded, will try again: {error.__cause__ or error}")
+            except OUTAGE as error:
+                log(f"heartbeat not recorded, will try again: {reason(error)}")
                 continue
             self._last = now  # the time before the call: when exactly the database took it is unknown
 

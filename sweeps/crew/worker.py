@@ -36,7 +36,7 @@ from sweeps.list.archive import open_archive
 from sweeps.list.attempts import Kind
 from sweeps.list.jobs import Job, job_of
 from sweeps.list.ledger import Budget, Ledger
-from sweeps.list.storage import StorageError, open_storage
+from sweeps.list.storage import StorageError, close_storage, open_storage
 from sweeps.list.study import confirm_study, confirmation_budget, distributions_of, search_budget, token_of
 from sweeps.plan.pruning import PrunedError, build_pruner
 from sweeps.plan.spec import StudySpec, from_dict
@@ -71,8 +71,9 @@ class Worker:
         folder = StudyFolder(Path(assignment.folder))
         self.post = Post(folder, worker, self.spec.heartbeat_seconds, self.spec.grace_seconds, stop)
         self.storage = self._connect()
-        self.search = self._open(assignment.study, search_budget(self.spec, assignment.until))
-        self.archive = open_archive(self.storage, token_of(self.search.study))
+        budget = search_budget(self.spec, assignment.until)
+        self.search = self.post.patiently(lambda: self._open(assignment.study, budget))
+        self.archive = self.post.patiently(lambda: open_archive(self.storage, token_of(self.search.study)))
         self.confirm: Ledger | None = None
         self.distributions = distributions_of(self.spec)
 
@@ -102,14 +103,17 @@ class Worker:
         Raises what an attempt raised, a bug included, when that was told to the storage: what comes next then needs a
         fresh process, for a GPU may be in any state.
         """
-        while not self.post.stopped:
-            taken = self._take()
-            if taken is None:
-                self.post.say(state="waiting for work")
-                self.post.wait(_IDLE_SECONDS)
-                continue
-            self._attempt(*taken)
-        self.post.leave()
+        try:
+            while not self.post.stopped:
+                taken = self._take()
+                if taken is None:
+                    self.post.say(state="waiting for work")
+                    self.post.wait(_IDLE_SECONDS)
+                    continue
+                self._attempt(*taken)
+            self.post.leave()
+        finally:
+            close_storage(self.storage)
 
     def _take(self) -> tuple[Ledger, Trial] | None:
         trial = self.post.patiently(lambda: self.search.ask(self.distributions, self.post.worker))
@@ -117,7 +121,8 @@ class Worker:
             return self.search, trial
         if self.confirm is None and self.spec.confirm.seeds:
             try:
-                self.confirm = self._open(confirm_study(self.assignment.study), confirmation_budget(self.spec))
+                name, budget = confirm_study(self.assignment.study), confirmation_budget(self.spec)
+                self.confirm = self.post.patiently(lambda: self._open(name, budget))
             except KeyError:
                 return None  # the search is not over
         if self.confirm is None:

@@ -20,7 +20,9 @@ from sqlalchemy.engine import Engine
 from lda.errors import UsageError
 from lda.files import atomic
 from lda.runs import RESULT, record_files
-from sweeps.list.storage import created_by_one, engine_of
+from sweeps.list.storage import engine_of, patiently
+
+_CREATING_SECONDS = 20.0
 
 
 def open_archive(storage: BaseStorage, study: str) -> Archive | None:
@@ -29,7 +31,7 @@ def open_archive(storage: BaseStorage, study: str) -> Archive | None:
     if engine is None:
         return None
     archive = Archive(engine, study)
-    created_by_one(archive.create)
+    patiently(archive.create, _CREATING_SECONDS)  # another process may be making it
     return archive
 
 
