@@ -229,6 +229,10 @@ def _to_confirm(study: Study) -> list[str]:
     best = {"search": study.record.confirm.top, "default": 1, "baseline": 1}
     if study.record.compare:
         groups = {method: study.trials_of(method) for method in study.record.compare}
+        groups = {
+            method: trials[(trials["origin"] != "search") | (trials["state"] == "complete")]
+            for method, trials in groups.items()
+        }
     else:
         control = set(study.units.loc[~study.units["confirms"].astype(bool), "method"]) == {CONTROL}
         groups = {} if control else {BASELINE: study.trials[study.trials["origin"] == "baseline"]}
