@@ -216,7 +216,7 @@ def write_all(source: Source, output: Path, layers: Sequence[str], channels: int
 
 def _write_csv(table: pd.DataFrame, path: Path) -> Path:
     with atomic(path) as file:
-        file.write(table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        file.write(as_csv(table, "%.6g"))
     return path
 
 

@@ -26,7 +26,8 @@ from analysis.bank_numbers import choose_layers, closest_pairs, domain_distances
 from analysis.comparison import protocol_table
 from analysis.house_style import as_png, save
 from analysis.methods_figure import methods_figure
-from analysis.study import METRIC_NAMES, PARAMETER, Axis, Study, load_study, print_name
+from analysis.records import Axis
+from analysis.study import METRIC_NAMES, PARAMETER, Study, load_study, print_name
 from analysis.tables import conditions, data_line, render, study_grids
 from analysis.text_tables import as_html
 from lda.command import exit_code
