@@ -240,7 +240,8 @@ def _to_confirm(study: Study) -> list[str]:
     names: list[str] = []
     for missing, trials in groups.items():
         ranked = trials.sort_values("score", ascending=False, kind="stable")
-        found = [str(name) for origin, count in best.items() for name in ranked[ranked["origin"] == origin]["name"][:count]]
+        by_origin = [ranked[ranked["origin"] == origin]["name"][:count] for origin, count in best.items()]
+        found = [str(name) for names_of_one in by_origin for name in names_of_one]
         names += found or [missing] * bool(missing)
     return names
 

@@ -6,13 +6,12 @@ A file may be missing, empty, torn by a full disk or a power cut, or of another 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lda.errors import UsageError
+from lda.errors import UsageError, warn
 from lda.files import read_json
 from lda.protocols import Protocol, get_protocol
 from lda.runs import CONFIG, ENVIRONMENT, FORMAT, RESULT, Result, checked_record, read_record
@@ -71,11 +70,11 @@ def listed(flaws: Sequence[Flaw]) -> str:
     return ", ".join(named[:_NAMED] + more)
 
 
-def warn(flaws: Iterable[Flaw]) -> None:
+def tell(flaws: Iterable[Flaw]) -> None:
     """One line each on stderr."""
     for flaw in flaws:
         text = f"{flaw}: {flaw.detail}" if flaw.detail else str(flaw)
-        print(f"warning: {'left out: ' if flaw.left_out else ''}{text}", file=sys.stderr)
+        warn(f"{'left out: ' if flaw.left_out else ''}{text}")
 
 
 # --- a study and its trials ------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis.comparison import AVERAGE, BETWEEN, CONDITIONS, METRICS, confirmation, main_trials, protocol_table
 from analysis.published import POSTER, newer_table, published_table
-from analysis.records import UNKNOWN, Flaw, listed, warn
+from analysis.records import UNKNOWN, Flaw, listed, tell
 from analysis.study import Study, load_study, print_name
 from analysis.text_tables import Grid, as_csv, as_latex, as_markdown, as_text
 from lda.command import exit_code
@@ -351,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         study = load_study(options.study)
-        warn(study.flaws)
+        tell(study.flaws)
         text = render(study, options.format, options.published)
         if options.output is None:
             print(text, end="")

@@ -1,6 +1,6 @@
 """A table of text, written as plain text, Markdown, LaTeX, HTML or CSV.
 
-Words come from study files, folders and methods: whatever they are, they stay words in the language they are written in.
+Words come from study files, folders and methods: whatever they are, they stay words in the language written.
 """
 
 from __future__ import annotations
