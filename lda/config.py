@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lda import methods
+from lda.arguments import shown
 from lda.data.options import BatchSettings, DataOptions
 from lda.errors import UsageError, unknown
 from lda.groups import Chosen, Machine, Network, Run, Schedule, Selection, Setup, Test
@@ -206,7 +207,9 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
-            raise UsageError(f"--set {pair!r}: expected KEY=VALUE, for example learning_rate=0.001")
+            raise UsageError(f"--set {shown(pair)}: expected KEY=VALUE, for example learning_rate=0.001")
+        if key in values:
+            raise UsageError(f"--set {shown(pair)}: {key} is given twice; keep one")
         kinds = _settings_named(key)
         # Two methods may use one name for different things: which is meant is known when the run's method is.
         values[key] = checked(kinds[0], text) if len({kind.kind for kind in kinds}) == 1 else text
