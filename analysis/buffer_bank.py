@@ -13,13 +13,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from analysis.bank_numbers import (
     STATISTICS,
@@ -37,6 +34,10 @@ from lda.command import exit_code
 from lda.errors import UsageError, unknown
 from lda.files import atomic
 from lda.runs import BUFFER_BANK, UnitFolder, is_unit, read_unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # --- what to draw ----------------------------------------------------------------------------------------------------
 
@@ -146,6 +147,9 @@ def bank_figure(bank: Bank, layers: Sequence[str], title: str, channels: int = 3
 
 def draw_distances(axes: Axes, distances: pd.DataFrame) -> Axes:
     """Annotated heat map of `domain_distances`; the closest pair is framed."""
+    import seaborn as sns  # late, as all of matplotlib: analysis/__init__.py comes first
+    from matplotlib.patches import Rectangle
+
     names = [print_name(domain) for domain in distances.index]
     shown = pd.DataFrame(distances.to_numpy(), index=names, columns=names)
     sns.heatmap(

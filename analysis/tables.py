@@ -295,7 +295,7 @@ def _csv(table: pd.DataFrame, published: pd.DataFrame | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python analysis/tables.py STUDY`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
-    return exit_code(lambda: _print(parse_arguments(arguments)))
+    return exit_code(lambda: _tabulate(parse_arguments(arguments)))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -311,7 +311,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _print(options: argparse.Namespace) -> None:
+def _tabulate(options: argparse.Namespace) -> None:
     text = render(options.study, options.format, options.published)
     if options.output is None:
         print(text, end="")

@@ -28,7 +28,7 @@ _LONGEST_NAME = 255  # bytes; of one folder or file, on every file system in use
 _LONGEST_PATH = 4000  # bytes; Linux takes 4095, and names of ours come below
 
 
-class Mistake(UsageError, argparse.ArgumentTypeError):
+class ArgumentError(UsageError, argparse.ArgumentTypeError):
     """A wrong argument: argparse puts the option's name before its text."""
 
 
@@ -67,10 +67,10 @@ def check_environment() -> None:
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """A Mistake inside is told with this before it: the name of the option or variable that it comes from."""
+    """An ArgumentError inside is told with this before it: the name of the option or variable that it comes from."""
     try:
         yield
-    except Mistake as mistake:
+    except ArgumentError as mistake:
         raise UsageError(f"{what}: {mistake}") from None
 
 
@@ -88,7 +88,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
     def read(text: str) -> int:
         if not re.fullmatch(r"-?[0-9]{1,18}", text) or not low <= int(text) <= high:
-            raise Mistake(f"expected a whole number from {low} to {high}, got {shown(text)}")
+            raise ArgumentError(f"expected a whole number from {low} to {high}, got {shown(text)}")
         return int(text)
 
     return read
@@ -98,14 +98,14 @@ def names(text: str) -> list[str]:
     """Names with commas between them, at least one."""
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
-        raise Mistake(f"expected names with commas between, got {shown(text)}")
+        raise ArgumentError(f"expected names with commas between, got {shown(text)}")
     return found
 
 
 def text(given: str) -> str:
     """Any text with something in it."""
     if not given.strip():
-        raise Mistake("expected a text, got an empty one")
+        raise ArgumentError("expected a text, got an empty one")
     return given
 
 
@@ -120,14 +120,14 @@ def shown(value: str) -> str:
 def path(given: str) -> Path:
     """A path, `~` expanded. Nothing needs to be there."""
     if not given.strip():
-        raise Mistake("expected a path, got an empty one")
+        raise ArgumentError("expected a path, got an empty one")
     try:
         found = Path(given).expanduser()
     except RuntimeError:
-        raise Mistake(f"{shown(given)}: there is no home folder of that name (and no HOME); write the path in full") from None
+        raise ArgumentError(f"{shown(given)}: no home folder is known by that name; write the path in full") from None
     longest = max((len(os.fsencode(part)) for part in found.parts), default=0)
     if longest > _LONGEST_NAME or len(os.fsencode(found)) > _LONGEST_PATH:
-        raise Mistake(
+        raise ArgumentError(
             f"{shown(given)}: too long; a path may have {_LONGEST_PATH} bytes and a name in it {_LONGEST_NAME}"
         )
     return found
@@ -145,9 +145,9 @@ def existing_folder(given: str) -> Path:
     """A folder that is there and can be read."""
     folder = path(given)
     if not os.path.isdir(folder):
-        raise Mistake(f"{folder}: {_why_not(folder, 'folder')}")
+        raise ArgumentError(f"{folder}: {_why_not(folder, 'folder')}")
     if not os.access(folder, os.R_OK | os.X_OK):
-        raise Mistake(f"{folder}: no permission to read this folder")
+        raise ArgumentError(f"{folder}: no permission to read this folder")
     return folder
 
 
@@ -155,9 +155,9 @@ def existing_file(given: str) -> Path:
     """A file that is there and can be read."""
     file = path(given)
     if not os.path.isfile(file):
-        raise Mistake(f"{file}: {_why_not(file, 'file')}")
+        raise ArgumentError(f"{file}: {_why_not(file, 'file')}")
     if not os.access(file, os.R_OK):
-        raise Mistake(f"{file}: no permission to read this file")
+        raise ArgumentError(f"{file}: no permission to read this file")
     return file
 
 
@@ -168,7 +168,7 @@ def output_folder(given: str) -> Path:
     place = _nearest(folder)
     if not os.path.isdir(place):
         why = _why_not(place, "folder")
-        raise Mistake(f"{folder}: {why}" if place == folder else f"{folder}: cannot be made, {place} {why}")
+        raise ArgumentError(f"{folder}: {why}" if place == folder else f"{folder}: cannot be made, {place} {why}")
     _check_writable(folder, place)
     return folder
 
@@ -177,7 +177,7 @@ def output_file(given: str) -> Path:
     """A file that can be written, in a folder that is there or can be made. Nothing is written here."""
     file = path(given)
     if os.path.isdir(file):
-        raise Mistake(f"{file}: is a folder, expected a file")
+        raise ArgumentError(f"{file}: is a folder, expected a file")
     output_folder(str(file.parent))
     return file
 
@@ -193,8 +193,8 @@ def _check_writable(folder: Path, place: Path) -> None:
     if os.access(place, os.W_OK | os.X_OK):
         return
     if os.statvfs(place).f_flag & os.ST_RDONLY:
-        raise Mistake(f"{folder}: {place} lies on a disk that is mounted read-only")
-    raise Mistake(f"{folder}: no permission to write in {place}")
+        raise ArgumentError(f"{folder}: {place} lies on a disk that is mounted read-only")
+    raise ArgumentError(f"{folder}: no permission to write in {place}")
 
 
 def _check_text(folder: Path) -> None:
@@ -202,8 +202,8 @@ def _check_text(folder: Path) -> None:
     try:
         str(folder).encode()
     except UnicodeEncodeError:
-        raise Mistake(
-            f"{ascii(str(folder))}: is no text in this locale; set PYTHONUTF8=1, or give a name without such signs"
+        raise ArgumentError(
+            f"{str(folder)!a}: is no text in this locale; set PYTHONUTF8=1, or give a name without such signs"
         ) from None
 
 
@@ -217,4 +217,3 @@ def _why_not(place: Path, wanted: str) -> str:
         return (error.strerror or str(error)).lower()
     kind = "folder" if os.path.isdir(place) else "file"
     return f"is a {kind}, expected a {wanted}" if kind != wanted else f"is no ordinary {wanted}"
-

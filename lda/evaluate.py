@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lda.arguments import Mistake, Parser, existing_file, existing_folder, whole
+from lda.arguments import ArgumentError, Parser, existing_file, existing_folder, whole
 from lda.command import exit_code, openmp_threads
 from lda.config import Config, check_keys, parse_overrides
 from lda.data.cache import check_cache
@@ -29,7 +29,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=_checkpoint, required=True, help="checkpoint.pt of a run folder")
     parser.add_argument("--target", required=True, help="data set to evaluate on")
-    parser.add_argument("--split", type=whole(0, 1000), help="one split only, from 0, as single-split papers do (Protocol-1)")
+    parser.add_argument(
+        "--split", type=whole(0, 1000), help="one split only, from 0, as single-split papers do (Protocol-1)"
+    )
     parser.add_argument("--data-root", type=existing_folder, help="folder with the data sets; without it, the stand-in")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
@@ -45,8 +47,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _checkpoint(given: str) -> Path:
     try:
         return existing_file(given)
-    except Mistake as mistake:
-        raise Mistake(f"{mistake}; a run writes it as <run folder>/checkpoint.pt") from None
+    except ArgumentError as mistake:
+        raise ArgumentError(f"{mistake}; a run writes it as <run folder>/checkpoint.pt") from None
 
 
 def test_config(trained: Config, target: str, changes: Mapping[str, Any]) -> Config:
@@ -78,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    changes = parse_overrides(options.set)
     from lda.checkpoint import load_method, read_checkpoint
     from lda.data.sources import evaluation_splits
     from lda.data.standin.tree import ensure_standin
@@ -85,7 +88,6 @@ def _evaluate(options: argparse.Namespace) -> None:
     from lda.testing import Evaluator, check_target, chosen_splits, metrics
 
     checkpoint = read_checkpoint(options.checkpoint)
-    changes = parse_overrides(options.set)
     if options.split is not None:
         changes["test_split"] = options.split
     config = test_config(checkpoint.config, options.target, changes)

@@ -364,7 +364,7 @@ class RunFolder(UnitFolder):
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl and flush it."""
-        with (self.path / METRICS).open("a") as file:
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int, last: bool = False) -> None:
@@ -435,7 +435,7 @@ def _keys(kind: Any, location: Sequence[str]) -> list[str]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl. A killed run may leave a half-written last line: it is left out."""
     rows: list[dict[str, Any]] = []
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
@@ -480,7 +480,12 @@ def _git(*arguments: str) -> str:
     """Output of git in the source tree, empty where there is no git or no repository."""
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

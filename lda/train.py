@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     config = resolve(options)
     name = f"{config.run.protocol}-{config.run.target}-{config.method.name}-s{config.run.seed}"
+    configs.check_files(config)
     folder = checked("--output", output_folder, options.output or Path("runs", "train", name))
     from lda.unit import Progress as UnitProgress  # torchvision takes seconds: bad usage is told before
     from lda.unit import run_unit

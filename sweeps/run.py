@@ -27,7 +27,7 @@ from lda.arguments import (
     whole,
 )
 from lda.command import exit_code
-from lda.config import parse_overrides
+from lda.config import check_files, parse_overrides
 from lda.data.cache import check_cache
 from lda.errors import UsageError
 from sweeps.list.storage import VARIABLE, has_password, masked, storage_url
@@ -37,6 +37,7 @@ from sweeps.plan.spec import MOST_SEEDS, MOST_TRIALS, StudySpec, from_flat
 from sweeps.plan.study_files import load, resolve, study_file, study_name, study_names
 
 if TYPE_CHECKING:
+    from lda.groups import Machine
     from sweeps.coordinator import Plan
     from sweeps.crew.slots import Slot
 
@@ -67,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="parent of the study's folder (default: runs)",
     )
-    parser.add_argument("--trials", type=whole(0, MOST_TRIALS), metavar="N", help="configurations to try (default: the study's)")
+    parser.add_argument(
+        "--trials", type=whole(0, MOST_TRIALS), metavar="N", help="configurations to try (default: the study's)"
+    )
     parser.add_argument(
         "--methods", type=names, metavar="A,B", help="of a study that compares methods, these (default: all it has)"
     )
@@ -76,9 +79,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("steps", "passes"),
         help="what epochs x steps_per_epoch count: steps, or passes through the plain network (default: the study's)",
     )
-    parser.add_argument(
-        "--seed", type=whole(0, HIGHEST_STUDY_SEED), metavar="N", help="seed (default: the study's)"
-    )
+    parser.add_argument("--seed", type=whole(0, HIGHEST_STUDY_SEED), metavar="N", help="seed (default: the study's)")
     parser.add_argument(
         "--confirm-seeds",
         type=whole(0, MOST_SEEDS),
@@ -153,7 +154,9 @@ def _run(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     checked("--output", output_folder, folder)
     check_cache()
     spec = _spec(given, file, url, folder)
-    slots = _slots(given, spec)
+    config = spec.config(spec.targets[0], spec.seed, {})
+    check_files(config)
+    slots = _slots(given.workers, config.machine)
     if given.dry_run:
         _check_dry(given, name, spec, folder)
         data = str(given.data_root) if given.data_root else f"stand-in domains, scale {spec.standin}"
@@ -170,11 +173,10 @@ def _requested(given: argparse.Namespace) -> str | None:
     return checked(what, expanded, url) if url else url
 
 
-def _slots(given: argparse.Namespace, spec: StudySpec) -> tuple[Slot, ...]:
+def _slots(workers: int | None, machine: Machine) -> tuple[Slot, ...]:
     from sweeps.crew.slots import plan_slots
 
-    machine = spec.config(spec.targets[0], spec.seed, {}).machine
-    return tuple(plan_slots(given.workers, machine.threads, machine.device))
+    return tuple(plan_slots(workers, machine.threads, machine.device))
 
 
 def _check_dry(given: argparse.Namespace, name: str, spec: StudySpec, folder: Path) -> None:

@@ -25,6 +25,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 
+from lda.command import open_streams
 from lda.errors import UsageError
 from lda.trainer import TrainingError
 from sweeps.crew.assignment import STOP_SECONDS, Assignment, End
@@ -170,6 +171,7 @@ def _private_stdout() -> IO[bytes]:
 
 def main() -> int:
     """Entry point of the process. Exits with 0 stopped, 1 failed, 2 data or study cannot be used, 75 fenced."""
+    open_streams()
     coordinator = _private_stdout()
     assignment, stop = Assignment.receive(sys.stdin.buffer), threading.Event()
     threading.Thread(target=_watch_stdin, args=(stop,), daemon=True).start()

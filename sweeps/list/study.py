@@ -22,8 +22,8 @@ from sweeps.list.ledger import Budget, Configuration, Distributions, Ledger, con
 from sweeps.list.storage import masked, open_storage
 from sweeps.plan.images import Data
 from sweeps.plan.space import distributions
-from sweeps.plan.study_files import CONFIRMS
 from sweeps.plan.spec import StudySpec, differences, from_dict, named_settings, same_study, to_dict
+from sweeps.plan.study_files import CONFIRMS
 from sweeps.study_folder import BASELINE, FORMAT, check_format
 
 _CREATION_SECONDS = 20.0  # a few dozen inserts; a creator that takes longer is dead

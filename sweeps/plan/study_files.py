@@ -31,7 +31,7 @@ CONFIRMS = "-confirm"
 _LONGEST_NAME = 200  # bytes; files are written under longer ones first
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """YAML in which a key stands once: PyYAML itself lets the last one win."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
@@ -80,7 +80,7 @@ def study_names() -> list[str]:
 def load(path: Path) -> StudySpec:
     """Read a study file and check types and keys. Raises UsageError in one line; see `resolve` for the rest."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a SafeLoader
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""

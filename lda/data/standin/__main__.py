@@ -73,7 +73,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description="Draw stand-in pedestrians in the layouts of the real re-identification data sets.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", type=output_folder, required=True, metavar="DIR", help="new folder for the data sets")
+    parser.add_argument(
+        "--output", type=output_folder, required=True, metavar="DIR", help="new folder for the data sets"
+    )
     parser.add_argument("--scale", default="small", help="how many persons and images: " + ", ".join(SCALES))
     parser.add_argument(
         "--seed", type=whole(0, HIGHEST_SEED), default=0, metavar="N", help="another seed: other people and places"
