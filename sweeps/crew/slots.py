@@ -15,6 +15,7 @@ from lda.errors import UsageError
 
 _SMI_SECONDS = 30
 _DEVICES = Path("/dev")
+_NOT_LISTED = ("dxg", "nvhost-gpu", "kfd")  # devices of GPUs that nvidia-smi may not list: WSL's, small boards', AMD's
 _MOST_PER_CORE = 16
 
 
@@ -45,6 +46,8 @@ def gpus() -> list[str]:
     if visible is None:
         return [str(index) for index in range(there.count)]
     named = [name.strip() for name in visible.split(",") if name.strip()]
+    if there.count == 0 and any((_DEVICES / name).exists() for name in _NOT_LISTED):
+        return named
     found = list(itertools.takewhile(there.has, named))  # as CUDA does: after a wrong name all others are invisible
     if len(found) < len(named) and (wrong := named[len(found)]) != "-1":
         used = f"{', '.join(found)} used" if found else "none used"
