@@ -16,10 +16,9 @@ from datetime import date
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from analysis import buffer_bank, study_figures
 from analysis.bank_numbers import choose_layers, closest_pairs, domain_distances
@@ -30,10 +29,14 @@ from analysis.records import Axis, listed, tell
 from analysis.study import METRIC_NAMES, PARAMETER, Study, load_study, metrics_flaws, print_name
 from analysis.tables import conditions, data_line, render, study_grids
 from analysis.text_tables import as_html
+from lda.arguments import Parser, checked, existing_folder, output_folder
 from lda.command import exit_code
 from lda.errors import FailedError, UsageError, warn
 from lda.files import atomic
 from lda.runs import print_method
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TABLES = {"table.md": "markdown", "table.csv": "csv", "table.tex": "latex"}
 """Files of the protocol table -> format."""
@@ -236,19 +239,24 @@ def write_report(study: Study, output: Path, today: date) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python analysis/report.py STUDY`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
-    parser = argparse.ArgumentParser(
+    return exit_code(lambda: _report(parse_arguments(arguments)))
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(
         prog="python analysis/report.py", description="Write a study's report: one HTML page, figures and tables."
     )
-    parser.add_argument("study", type=Path, help="folder of the study, for example runs/protocol3")
-    parser.add_argument("--output", type=Path, help="folder of the report (default: reports/<date>-<study>)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("study", type=existing_folder, help="folder of the study, for example runs/protocol3")
+    parser.add_argument("--output", type=output_folder, help="folder of the report (default: reports/<date>-<study>)")
+    return parser.parse_args(arguments)
 
-    def work() -> None:
-        study, today = load_study(options.study), date.today()
-        tell([*study.flaws, *metrics_flaws(study)])
-        print(write_report(study, options.output or Path("reports", f"{today.isoformat()}-{study.name}"), today))
 
-    return exit_code(work)
+def _report(options: argparse.Namespace) -> None:
+    study, today = load_study(options.study), date.today()
+    tell([*study.flaws, *metrics_flaws(study)])
+    output = checked("--output", output_folder, options.output or Path("reports", f"{today.isoformat()}-{study.name}"))
+    print(write_report(study, output, today))
 
 
 if __name__ == "__main__":

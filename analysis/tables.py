@@ -20,6 +20,7 @@ from analysis.published import POSTER, newer_table, published_table
 from analysis.records import UNKNOWN, Flaw, listed, tell
 from analysis.study import Study, load_study, print_name
 from analysis.text_tables import Grid, as_csv, as_latex, as_markdown, as_text
+from lda.arguments import Parser, existing_folder, output_file
 from lda.command import exit_code
 from lda.errors import UsageError
 from lda.files import atomic
@@ -339,28 +340,32 @@ def _csv(study: Study, table: pd.DataFrame, published: pd.DataFrame | None) -> s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python analysis/tables.py STUDY`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
-    parser = argparse.ArgumentParser(
+    return exit_code(lambda: _tabulate(parse_arguments(arguments)))
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(
         prog="python analysis/tables.py",
         description="Print a study's protocol table: mAP and Rank-1 per unseen target.",
     )
-    parser.add_argument("study", type=Path, help="folder of the study, for example runs/protocol3")
+    parser.add_argument("study", type=existing_folder, help="folder of the study, for example runs/protocol3")
     parser.add_argument("--format", choices=FORMATS, default="text", help="how it is written (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="file to write (default: print it)")
+    parser.add_argument("--output", type=output_file, help="file to write (default: print it)")
     parser.add_argument("--published", action="store_true", help="add the poster's table, labelled as other data")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
-    def work() -> None:
-        study = load_study(options.study)
-        tell(study.flaws)
-        text = render(study, options.format, options.published)
-        if options.output is None:
-            print(text, end="")
-        else:
-            with atomic(options.output) as file:
-                file.write(text)
-            print(options.output)
 
-    return exit_code(work)
+def _tabulate(options: argparse.Namespace) -> None:
+    study = load_study(options.study)
+    tell(study.flaws)
+    text = render(study, options.format, options.published)
+    if options.output is None:
+        print(text, end="")
+    else:
+        with atomic(options.output) as file:
+            file.write(text)
+        print(options.output)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ def _version(package: str) -> str:
 def _git(*arguments: str) -> str:
     """Output of git in the source tree, empty where there is no git or no repository."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=_HERE, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", *arguments], cwd=_HERE, capture_output=True, encoding="utf-8", errors="replace", timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -15,63 +15,91 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from lda.arguments import (
+    HIGHEST_STUDY_SEED,
+    Parser,
+    checked,
+    existing_folder,
+    names,
+    output_folder,
+    path,
+    text,
+    whole,
+)
 from lda.command import exit_code
-from lda.config import parse_overrides
+from lda.config import check_files, parse_overrides
+from lda.data.cache import check_cache
 from lda.errors import UsageError
 from sweeps.list.addresses import VARIABLE, asked_for, cleaned, has_password, masked, storage_url
 from sweeps.plan.images import is_standin
 from sweeps.plan.preview import preview
-from sweeps.plan.spec import StudySpec
-from sweeps.plan.study_files import load, resolve, study_file, study_names
+from sweeps.plan.spec import MOST_SEEDS, MOST_TRIALS, StudySpec
+from sweeps.plan.study_files import load, resolve, study_file, study_name, study_names
 
 if TYPE_CHECKING:
+    from lda.groups import Machine
     from sweeps.coordinator import Coordinator, Plan
+    from sweeps.crew.slots import Slot
     from sweeps.gather import Gathered
 
 # optuna (1 s) and the loaders are imported where they are needed, so that --help, --list and mistakes answer at once.
 
 
-class Parser(argparse.ArgumentParser):
+class StudyParser(Parser):
     """Repeats no password where it repeats what it does not understand."""
 
     def error(self, message: str) -> NoReturn:
-        """Print usage and the message, exit 2."""
+        """Raises UsageError."""
         super().error(cleaned(message))
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(
+    parser = StudyParser(
         prog="sweeps/run.py",
         description="Run a study. The same command goes on with one that was interrupted.",
         allow_abbrev=False,
     )
-    parser.add_argument("--study", help="a study's name (see --list), or a YAML file", metavar="NAME")
+    parser.add_argument("--study", type=text, help="a study's name (see --list), or a YAML file", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="list the studies with their cost")
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
     parser.add_argument("--status", action="store_true", help="print how the study stands, from any shell or machine")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="the real data sets (default: the stand-in)")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs"), metavar="DIR", help="parent of the study's folder (default: runs)"
+        "--data-root",
+        type=existing_folder,
+        metavar="DIR",
+        help="the real data sets (default: the stand-in)",
     )
-    parser.add_argument("--trials", type=_count, metavar="N", help="configurations to try (default: the study's)")
     parser.add_argument(
-        "--methods", type=_names, metavar="A,B", help="of a study that compares methods, these (default: all it has)"
+        "--output",
+        type=path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="parent of the study's folder (default: runs)",
+    )
+    parser.add_argument(
+        "--trials", type=whole(0, MOST_TRIALS), metavar="N", help="configurations to try (default: the study's)"
+    )
+    parser.add_argument(
+        "--methods", type=names, metavar="A,B", help="of a study that compares methods, these (default: all it has)"
     )
     parser.add_argument(
         "--compute",
         choices=("steps", "passes"),
         help="what epochs x steps_per_epoch count: steps, or passes through the plain network (default: the study's)",
     )
-    parser.add_argument("--seed", type=_count, metavar="N", help="seed (default: the study's)")
+    parser.add_argument("--seed", type=whole(0, HIGHEST_STUDY_SEED), metavar="N", help="seed (default: the study's)")
     parser.add_argument(
         "--confirm-seeds",
-        type=_count,
+        type=whole(0, MOST_SEEDS),
         metavar="N",
         help="fresh seeds of the confirmation, 0: none (default: the study's)",
     )
     parser.add_argument(
-        "--workers", type=_positive, metavar="N", help="worker processes (default: one per GPU, else per core)"
+        "--workers",
+        type=whole(1, 10**6),
+        metavar="N",
+        help="worker processes (default: one per GPU, else per core)",
     )
     parser.add_argument(
         "--set",
@@ -95,43 +123,23 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
-    return int(text)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _positive(text: str) -> int:
-    if _count(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text!r}")
-    return int(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     typed = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    return exit_code(lambda: _started(arguments, typed))
+
+
+def _started(arguments: list[str], typed: bool) -> int:
     given = parser().parse_args(arguments)
-    return exit_code(lambda: _started(given, arguments, typed))
-
-
-def _started(given: argparse.Namespace, arguments: Sequence[str], typed: bool) -> int:
-    try:
-        if given.list:
-            _list()
-            return 0
-        if given.study is None:
-            raise UsageError(f"--study NAME is missing; one of: {', '.join(study_names())}")
-        if typed:
-            _hide_password(arguments)
-        return _run(given, arguments)
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    if given.list:
+        _list()
+        return 0
+    if given.study is None:
+        raise UsageError(f"--study NAME is missing; one of: {', '.join(study_names())}")
+    if typed:
+        _hide_password(arguments)
+    return _run(given, arguments)
 
 
 def _list() -> None:
@@ -167,19 +175,44 @@ def split_storage(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _run(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     file = study_file(given.study)
-    name = file.stem
+    name = study_name(file)
     folder = given.output / name
     url = storage_url(asked_for(given.storage), folder)
     if given.status:
         _status(name, url, folder)
         return 0
+    checked("--output", output_folder, folder)
+    check_cache()
     spec = _spec(given, file, url, folder)
+    config = spec.config(spec.targets[0], spec.seed, {})
+    check_files(config)
+    slots = _slots(given.workers, config.machine)
     if given.dry_run:
+        _check_dry(given, name, spec, folder, url)
         data = str(given.data_root) if given.data_root else f"stand-in domains, scale {spec.standin}"
         where = [("folder", str(folder)), ("storage", masked(url))]
         print(preview(name, spec, data, given.set, where))
         return 0
-    return _coordinate(given, name, spec, folder, url, arguments)
+    return _coordinate(given, name, spec, folder, url, slots, arguments)
+
+
+def _slots(workers: int | None, machine: Machine) -> tuple[Slot, ...]:
+    from sweeps.crew.slots import plan_slots
+
+    return tuple(plan_slots(workers, machine.threads, machine.device))
+
+
+def _check_dry(given: argparse.Namespace, name: str, spec: StudySpec, folder: Path, url: str) -> None:
+    """What a run finds out when it opens its data and its folder, so that a dry run refuses what a run would."""
+    if given.data_root is not None:
+        from sweeps.plan.images import prepare_data
+
+        prepare_data(spec, given.data_root)
+    if folder.exists():
+        from sweeps.ownership import check_folder
+        from sweeps.study_folder import StudyFolder
+
+        check_folder(name, spec, StudyFolder(folder), url)
 
 
 def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> StudySpec:
@@ -196,8 +229,6 @@ def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> Stud
         from sweeps.list.study import running_study
 
         return running_study(file.stem, url, folder).spec
-    if given.data_root is not None and not given.data_root.is_dir():
-        raise UsageError(f"--data-root {given.data_root}: there is no such folder")
     return resolve(
         load(file),
         file,
@@ -226,21 +257,25 @@ def _status(name: str, url: str, folder: Path) -> None:
 
 
 def _coordinate(
-    given: argparse.Namespace, name: str, spec: StudySpec, folder: Path, url: str, arguments: Sequence[str]
+    given: argparse.Namespace,
+    name: str,
+    spec: StudySpec,
+    folder: Path,
+    url: str,
+    slots: tuple[Slot, ...],
+    arguments: Sequence[str],
 ) -> int:
     from sweeps.coordinator import Coordinator, Plan
-    from sweeps.crew.slots import plan_slots
     from sweeps.plan.images import prepare_data
     from sweeps.study_folder import StudyFolder
 
-    config = spec.config(spec.targets[0], spec.seed, {})
     plan = Plan(
         study=name,
         spec=spec,
         folder=StudyFolder(folder.resolve()),
         data=prepare_data(spec, given.data_root),
         storage=url,
-        slots=tuple(plan_slots(given.workers, config.machine.threads, config.machine.device)),
+        slots=slots,
         command=_as_typed(arguments),
         mixed_code=given.allow_mixed_code,
     )

@@ -26,6 +26,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 
 from lda.code import this_code
+from lda.command import open_streams
 from lda.errors import UsageError
 from lda.trainer import TrainingError
 from sweeps.crew.assignment import STOP_SECONDS, Assignment, End
@@ -194,6 +195,7 @@ def _private_stdout() -> IO[bytes]:
 
 def main() -> int:
     """Entry point of the process. Exits with 0 stopped, 1 failed, 2 data or study cannot be used, 75 fenced."""
+    open_streams()
     coordinator = _private_stdout()
     assignment, stop = Assignment.receive(sys.stdin.buffer), threading.Event()
     this_code()  # as it was imported, not as it may be in an hour

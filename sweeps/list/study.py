@@ -30,6 +30,7 @@ from sweeps.list.storage import file_behind, opened, reached
 from sweeps.plan.images import Data
 from sweeps.plan.space import distributions
 from sweeps.plan.spec import StudySpec, differences, from_dict, named_settings, same_study, to_dict
+from sweeps.plan.study_files import CONFIRMS
 from sweeps.study_folder import BASELINE, FORMAT, check_format
 
 TOKEN = "id"
@@ -237,7 +238,7 @@ def shortfall(budget: Budget, known: list[Configuration], at: float) -> str:
 
 def confirm_study(name: str) -> str:
     """Name of the Optuna study that holds the confirmation's jobs."""
-    return f"{name}-confirm"
+    return f"{name}{CONFIRMS}"
 
 
 def confirm_jobs(spec: StudySpec, known: list[Configuration]) -> list[Job]:
