@@ -22,11 +22,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lda.arguments import checked, existing_file, existing_folder, output_file, output_folder, path
 from lda.command import exit_code
 from lda.errors import FailedError, UsageError
 from lda.files import read_json, write_json
 from lda.runs import RESULT, UnitFolder, finished, record_files, unit_folders
-from sweeps.list.addresses import VARIABLE, storage_url
+from sweeps.list.addresses import VARIABLE, asked_for, has_password, storage_url
+from sweeps.run import StudyParser
 from sweeps.study_folder import EVENTS, STUDY, StudyFolder
 
 MANIFEST = "MANIFEST.json"
@@ -36,46 +38,52 @@ _LIST = "optuna.db"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m sweeps.carry", description="Move a study to another machine.")
+    parser = StudyParser(prog="python -m sweeps.carry", description="Move a study to another machine.")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a study into one file")
-    export.add_argument("study", type=Path, help="its folder, runs/<study>")
-    export.add_argument("file", type=Path, help="to write, for example protocol3.tar.gz")
+    export.add_argument("study", type=existing_folder, help="its folder, runs/<study>")
+    export.add_argument("file", type=output_file, help="to write, for example protocol3.tar.gz")
     export.add_argument(
         "--storage", metavar="URL", help=f"of the study (default: {VARIABLE}, else sqlite in the folder)"
     )
     export.add_argument("--checkpoints", action="store_true", help="with the weights, which are most of it")
     into = commands.add_parser("import", help="read such a file")
-    into.add_argument("file", type=Path)
-    into.add_argument("--output", type=Path, default=Path("runs"), metavar="DIR", help="parent of the study's folder")
+    into.add_argument("file", type=existing_file, help="that export wrote")
+    into.add_argument("--output", type=path, default=Path("runs"), metavar="DIR", help="parent of the study's folder")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 done, 1 units are nowhere to be found, 2 bad usage, 130 interrupted."""
-    given = parser().parse_args(arguments)
+    return exit_code(lambda: _carry(parser().parse_args(arguments)))
+
+
+def _carry(given: argparse.Namespace) -> None:
     if given.command == "export":
-        url = storage_url(given.storage or os.environ.get(VARIABLE), given.study)
-        return exit_code(lambda: export_study(given.study, given.file, url, given.checkpoints))
-    return exit_code(lambda: import_study(given.file, given.output))
+        if has_password(given.storage or ""):
+            raise UsageError(f"--storage: every list of processes would show the password; put the URL into {VARIABLE}")
+        url = storage_url(asked_for(given.storage), given.study)
+        export_study(given.study, given.file, url, given.checkpoints)
+    else:
+        import_study(given.file, checked("--output", output_folder, given.output))
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
-def export_study(path: Path, file: Path, url: str, checkpoints: bool) -> None:
+def export_study(study: Path, file: Path, url: str, checkpoints: bool) -> None:
     """Write a study's folder and list into one file. Raises FailedError naming units that are nowhere to be found."""
     from sweeps.gather import gather
     from sweeps.list.archive import open_archive
     from sweeps.list.storage import opened
     from sweeps.list.study import TOKEN, running_study, token_of
 
-    folder = StudyFolder(path.resolve())
+    folder = StudyFolder(study.resolve())
     content = folder.read_study()
     if content is None:
-        raise UsageError(f"{path}: expected a study's folder (it holds {STUDY}), such as runs/protocol3")
+        raise UsageError(f"{study}: expected a study's folder (it holds {STUDY}), such as runs/protocol3")
     name = content["study"]
-    found = running_study(name, url, path)
+    found = running_study(name, url, study)
     with opened(url) as storage, tempfile.TemporaryDirectory(dir=file.absolute().parent, prefix=".carried.") as scratch:
         token = token_of(_study(storage, name))
         gathered = gather(found.spec, folder, open_archive(storage, token), [*found.search, *found.confirm])
@@ -218,8 +226,8 @@ def _goes_on(earlier: Path, later: Path) -> bool:
     from sweeps.list.storage import opened
 
     ended = []
-    for path in (earlier, later):
-        with opened(storage_url(f"sqlite:///{path.resolve()}", path.parent)) as storage:
+    for file in (earlier, later):
+        with opened(storage_url(f"sqlite:///{file.resolve()}", file.parent)) as storage:
             ended.append(
                 {
                     (study, trial.number): (trial.state, trial.values, trial.params)
