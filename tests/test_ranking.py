@@ -440,7 +440,7 @@ def test_single_gallery_shot_with_nothing_to_draw_is_the_usual_cmc() -> None:
     """One image of everybody: every draw is the whole gallery."""
     case = gaussian_case(5, num_query=20, num_gallery=20)
     case |= {"gallery_pids": torch.arange(20), "query_pids": torch.arange(20).flip(0)}
-    case |= {"query_camids": torch.zeros(20), "gallery_camids": torch.ones(20)}
+    case |= {"query_camids": torch.zeros(20).long(), "gallery_camids": torch.ones(20).long()}
     assert evaluate_ranking(**case, single_gallery_shot=True) == evaluate_ranking(**case)
 
 
