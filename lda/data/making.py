@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lda.errors import UsageError
+from lda.errors import UsageError, warn
+from lda.files import sync_folder
 
 QUIET = 3.0  # seconds of waiting for another process that are not worth a line
 DEAD = 3600.0  # seconds without a sign of life after which another machine's temporary file is one that was left behind
@@ -37,24 +38,25 @@ _MODE = 0o666  # less the umask
 def alone(place: Path, doing: str) -> Iterator[None]:
     """Hold the lock of `place`, and first wait for whoever holds it, in this process or another, here or elsewhere.
 
-    Its file, `.NAME.lock` beside `place`, stays. The kernel releases the lock of a process that dies. `doing` says on
-    the screen what the other one is about if waiting takes long: "packing 5 images".
+    Its file is `.NAME.lock` beside `place`; the kernel releases the lock of a process that dies. `doing` says on the
+    screen what the other one is about if waiting takes long: "packing 5 images".
 
     Raises:
         UsageError: the folder cannot be made, or nothing can be written in it.
     """
     path = place.with_name(f".{place.name}.lock")
-    make_folder(path.parent)
+    writable_folder(path.parent)
     descriptor = _acquired(path, doing)
     try:
         yield
     finally:
+        path.unlink(missing_ok=True)  # who waits for it sees that, and makes another
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may hold the same descriptor
         os.close(descriptor)
 
 
-def make_folder(folder: Path) -> None:
+def writable_folder(folder: Path) -> None:
     """Make a folder with its parents. Raises UsageError if that, or writing in it, is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,18 +116,6 @@ def publish_file(descriptor: int, path: Path, place: Path) -> None:
     os.fsync(descriptor)
     path.replace(place)
     sync_folder(place.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, *_NO_LOCKS):  # file systems that cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def remove_left_over(place: Path, *more: str) -> None:
@@ -221,7 +211,7 @@ def _lock(descriptor: int, path: Path) -> bool:
             return False
         if error.errno not in _NO_LOCKS:
             raise unwritable(path, error) from None
-        print(f"warning: {path.parent}: no locks on this file system; what starts at once works twice", file=sys.stderr)
+        warn(f"{path.parent}: no locks on this file system; what starts at once works twice")
     return True
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -29,7 +28,6 @@ FORMAT = 1
 CHUNK = 256  # images a process checks at a time
 ALONE = 4096  # up to so many images, starting processes costs more than it saves
 ANNOUNCED = 2000  # new files from which reading them is worth a line on the screen
-READERS = 16  # files read at a time
 SMALL = 8  # pixels: a shorter side shows nothing of a person
 EXIF_ORIENTATION = 0x0112
 
@@ -123,12 +121,9 @@ def byte_digests(paths: Iterable[Path], folder: Path, cache_dir: Path, title: st
     if new:
         with alone(memory.path, f"reading {len(new):,} images of {title}"):
             found, new = memory.known(wanted)
-            with (
-                progress(f"{title}: reading {len(new):,} new files", len(new), quiet=len(new) <= ANNOUNCED) as advance,
-                ThreadPoolExecutor(READERS) as pool,  # they wait for the disk, not for a core
-            ):
-                for path, digest in zip(new, pool.map(_read, new), strict=True):
-                    found[path] = digest
+            with progress(f"{title}: reading {len(new):,} new files", len(new), quiet=len(new) <= ANNOUNCED) as advance:
+                for path in new:  # one by one, which Ctrl-C can end
+                    found[path] = _read(path)
                     advance(1)
             memory.add({path: found[path] for path in new})
     return {path: found[path].digest for path in wanted}
@@ -153,7 +148,7 @@ class _Memory(Generic[_Found]):
     def __init__(self, cache_dir: Path, folder: str, suffix: str, kind: type[_Found]) -> None:
         key = hashlib.sha256(folder.encode()).hexdigest()[:24]
         self.path = cache_dir / "verified" / f"{key}{suffix}.json"
-        self._kind = kind
+        self._kind: type[_Found] = kind
 
     def known(self, wanted: Sequence[Path]) -> tuple[dict[Path, _Found], list[Path]]:
         """What is known of the wanted files that have not changed since, and the others."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from lda.data.standin.layouts import SCALES, Plan, Shot
 from lda.data.standin.tree import VERSION, generate
 from lda.data.survey import MARKER
 from lda.errors import UsageError
+from lda.files import atomic
 
 
 def contact_sheet(root: Path, path: Path, persons: int = 8) -> None:
@@ -41,10 +41,8 @@ def contact_sheet(root: Path, path: Path, persons: int = 8) -> None:
                 with Image.open(root / shot.path) as image:
                     cell = image.convert("RGB").resize((width - 2, height), Image.Resampling.BICUBIC)
                 sheet.paste(cell, (label + column * (2 * width + gap) + k * width, y))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    sheet.save(aside, "PNG", optimize=True)
-    aside.replace(path)
+    with atomic(path, "wb") as file:
+        sheet.save(file, "PNG", optimize=True)
 
 
 def _pairs(plan: Plan, persons: int) -> list[tuple[Shot, Shot]]:
