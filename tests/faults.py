@@ -26,6 +26,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import fault_data
 import fault_disk
 import fault_processes
 import fault_storage
@@ -45,7 +46,7 @@ from sweeps.list.addresses import storage_url
 from sweeps.list.attempts import Configuration, configurations, fault
 from sweeps.list.storage import opened
 
-__all__ = ["FAULTS", "Skip", "fault_disk", "fault_processes", "fault_storage", "fault_wandb"]
+__all__ = ["FAULTS", "Skip", "fault_data", "fault_disk", "fault_processes", "fault_storage", "fault_wandb"]
 
 _COMPARED = 10  # units of a study whose results are compared with undisturbed ones
 
