@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "lda.files": set(),
     "lda.command": set(),
     "lda.ranking": set(),
-    "lda.tracking": set(),
+    "lda.tracking": {"lda.tracking"},
     "lda.groups": {"lda.settings"},
     "lda.runs": {"lda.files", "lda.settings"},
     "lda.device": {"lda.groups", "lda.command"},
@@ -55,7 +55,7 @@ MAY_IMPORT = {
         "analysis",
     },
 }
-ONLY_IMPORTER = {"wandb": "lda.tracking", "optuna": "sweeps"}
+ONLY_IMPORTER = {"wandb": "lda.tracking.child", "optuna": "sweeps"}
 FORBIDDEN = {
     "analysis": {"torch", "torchvision", "optuna", "wandb"},
     "lda.config": {"torch", "numpy"},
