@@ -11,7 +11,6 @@ Needs submitit (install lda-reid[slurm]); `--cluster local` runs the tasks on th
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,13 +19,14 @@ from typing import Any
 
 from lda.command import exit_code
 from lda.errors import UsageError
-from sweeps.list.storage import VARIABLE, has_password
+from sweeps.list.addresses import VARIABLE, asked_for, has_password
+from sweeps.run import Parser, split_storage
 from sweeps.run import parser as run_parser
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sweeps.slurm",
         description="Run a study as an array of SLURM tasks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -75,11 +75,11 @@ def _submit(given: argparse.Namespace) -> int:
         raise UsageError("submitit is not installed; install lda-reid[slurm]") from None
     run = [argument for argument in given.run if argument != "--"]
     checked = run_parser().parse_args(run)  # a mistake is told here, not on every node
-    if given.cluster == "slurm" and checked.storage is None and VARIABLE not in os.environ:
+    if given.cluster == "slurm" and (asked_for(checked.storage) or "sqlite").startswith("sqlite"):
         raise UsageError(
             f"several nodes need --storage postgresql://... or journal (or {VARIABLE}); sqlite serves one machine"
         )
-    if checked.storage is not None and has_password(checked.storage):
+    if any(has_password(storage) for storage in split_storage(run)[1]):
         raise UsageError(f"--storage: submitit would write the password to a file; put the URL into {VARIABLE} instead")
     executor = submitit.AutoExecutor(folder=given.logs, cluster=given.cluster)
     executor.update_parameters(name=f"lda-{checked.study}", **slurm_options(given.slurm))
