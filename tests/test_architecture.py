@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "lda.command": set(),
     "lda.arguments": set(),
     "lda.ranking": set(),
-    "lda.tracking": set(),
+    "lda.tracking": {"lda.tracking"},
     "lda.groups": {"lda.settings"},
     "lda.runs": {"lda.code", "lda.files", "lda.settings"},
     "lda.device": {"lda.groups", "lda.command"},
@@ -67,7 +67,7 @@ MAY_IMPORT = {
         "analysis",
     },
 }
-ONLY_IMPORTER = {"wandb": "lda.tracking", "optuna": "sweeps"}
+ONLY_IMPORTER = {"wandb": "lda.tracking.child", "optuna": "sweeps"}
 FORBIDDEN = {
     "analysis": {"torch", "torchvision", "optuna", "wandb"},
     "lda.config": {"torch", "numpy"},
