@@ -40,7 +40,7 @@ class Link:
         self._unsent, self._received = bytearray(), b""
         self._posted = self._confirmed = 0
         self._since = time.monotonic()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115: as long as the child
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the child
         command = [sys.executable, "-m", "lda.tracking.child", *(["--offline"] if offline else [])]
         try:
             self._process = subprocess.Popen(
