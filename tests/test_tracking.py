@@ -147,7 +147,7 @@ def test_disabled_starts_nothing(tmp_path: Path) -> None:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 RUN = """
-import sys, time
+import os, sys
 from pathlib import Path
 import numpy as np
 from lda.tracking import RunLabels, Tracker
@@ -161,7 +161,8 @@ for run in ("abc123", "def456")[:int(sys.argv[2])]:
     tracker.log({"step": 15, "epoch": 2, "loss/total": 0.01})
     tracker.log_image("buffer_bank", np.zeros((8, 8, 3), dtype=np.uint8), "rows")
     tracker.log_image("missing", Path("nowhere.png"))
-    tracker.log_table("table", ["layer", "mean"], [["bn1", 0.5]])
+    if "UPLOADED" not in os.environ:  # a table is an artifact, of which our server knows nothing
+        tracker.log_table("table", ["layer", "mean"], [["bn1", 0.5]])
     tracker.summarise({"test/mAP": 0.25})
     tracker.finish()
 """
@@ -209,7 +210,7 @@ def check_whole(folder: Path, run: str = "") -> None:
         assert expected in text, expected
     for step in (5, 10, 15):
         assert text.count(f'"_step","value_json":"{step}"') + text.count(f'"_step":{step},') >= 1, step
-    assert len(list(folder.glob(f"wandb/offline-run-*{run}*/files/media/images/*.png"))) == 1
+    assert len(list(folder.glob(f"wandb/offline-run-*-{run}*/files/media/images/*.png"))) == 1
 
 
 NOT_MADE = "W&B: missing is not logged: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.png'"
@@ -237,7 +238,7 @@ def children_of_ended(folder: Path) -> list[str]:
 def test_a_killed_process_costs_a_line(victim: str, tmp_path: Path) -> None:
     process = start(tmp_path)
     wait_for(lambda: bool(list(tmp_path.glob("wandb/offline-run-*/files/requirements.txt"))), process=process)
-    (pid,) = [pid for pid, command in children_of(process.pid) if victim in command]
+    pid = next(pid for pid, command in children_of(process.pid) if victim in command)
     os.kill(pid, signal.SIGKILL)
     code, lines = go(process)
     assert code == 0
@@ -252,7 +253,8 @@ def test_a_killed_run_keeps_its_log_and_leaves_no_process(tmp_path: Path) -> Non
     process.kill()
     process.communicate()
     wait_for(lambda: children_of_ended(tmp_path) == [], 20)
-    assert '"5"' in inspected(tmp_path)
+    text = inspected(tmp_path)
+    assert all(f'"_step","value_json":"{step}"' in text or f'"_step":{step},' in text for step in (5, 10))
 
 
 def test_the_same_unit_of_two_studies_is_two_runs(tmp_path: Path) -> None:
@@ -299,12 +301,12 @@ def check_uploads(folder: Path) -> None:
 
 def check_failed(folder: Path, url: str, seconds: str, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Two runs logged to a server that fails: it ends, says so once, and every row is in a log that uploads."""
-    process = start(folder, runs=2, WANDB_API_KEY=KEY, WANDB_BASE_URL=url, LDA_WANDB_SECONDS=seconds)
+    process = start(folder, runs=2, WANDB_API_KEY=KEY, WANDB_BASE_URL=url, LDA_WANDB_SECONDS=seconds, UPLOADED="1")
     meanwhile()
     code, lines = go(process)
     assert code == 0
-    assert [line for line in lines if line != NOT_MADE] == [lines[0]]
-    assert lines[0].endswith(f"logging offline in {folder}/wandb, `wandb sync` uploads later")
+    (told,) = [line for line in lines if line != NOT_MADE]
+    assert told.endswith(f"logging offline in {folder}/wandb, `wandb sync` uploads later")
     for run in ("abc123", "def456"):
         check_whole(folder, run)
     check_uploads(folder)
@@ -314,7 +316,7 @@ def check_failed(folder: Path, url: str, seconds: str, meanwhile: Callable[[], N
 
 def test_a_server_that_works(tmp_path: Path) -> None:
     with Server() as server:
-        process = start(tmp_path, runs=2, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+        process = start(tmp_path, runs=2, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url, UPLOADED="1")
         assert go(process) == (0, [NOT_MADE, NOT_MADE])
         assert rows(server) == {"abc123": [5, 10, 15], "def456": [5, 10, 15]}
     assert list(tmp_path.glob("wandb/offline-run-*")) == []

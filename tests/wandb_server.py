@@ -60,7 +60,7 @@ class Server:
         """What W&B's server would say, as far as its client looks."""
         if path == "/graphql":
             asked = json.loads(body)
-            return {"data": self._data(asked["query"], asked["variables"] or {})}
+            return {"data": self._data(asked["query"], asked.get("variables") or {})}
         if path.endswith("/file_stream"):
             history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
             with self._lock:

@@ -84,15 +84,17 @@ class Tracker:
     ) -> None:
         self._messages: list[bytes] | None = None
         self._failures = 0
-        self._superseded: list[str] = []
         decision = _requested(mode)
         if decision.mode == "disabled":
             return
         self._messages = []
         self._logs = _writable(labels.folder or folder)
+        identity = f"{unit}-{hashlib.sha256(labels.group.encode()).hexdigest()[:6]}"  # stable, and apart by study
+        self._pattern = f"offline-run-*-{identity}"
+        self._before = self._named()  # of earlier commands: parts that no other log holds
         arguments = {
             "dir": str(self._logs.parent),
-            "id": f"{unit}-{hashlib.sha256(labels.group.encode()).hexdigest()[:6]}",  # stable, and apart by study
+            "id": identity,
             "group": labels.group or None,
             "job_type": labels.job_type,
             "name": labels.name or None,
@@ -121,10 +123,15 @@ class Tracker:
     def finish(self, failed: bool = False) -> None:
         """Close the run and wait, within the bound, until W&B has all of it."""
         self._post("finish", failed, wait=True, hurry=_HURRY if failed else None)
-        if self._messages is not None:
-            for folder in self._superseded:
-                shutil.rmtree(folder, ignore_errors=True)
+        if self._messages is not None and self._failures:
+            whole = Path(_SERVICE.folder).name
+            for name in self._named() - self._before - {whole} if whole else ():  # what the whole log repeats
+                shutil.rmtree(self._logs / name, ignore_errors=True)
         self._messages = None
+
+    def _named(self) -> set[str]:
+        """Folders of this run's offline logs."""
+        return {folder.name for folder in self._logs.glob(self._pattern)}
 
     def _post(self, method: str, *content: object, wait: bool = False, hurry: float | None = None) -> None:
         """Send one message, and everything again where W&B failed."""
@@ -152,9 +159,7 @@ class Tracker:
         """The child is of no use any more: the next one logs everything again, unless this has happened too often."""
         self._failures += 1
         first = not _SERVICE.offline
-        folder = _SERVICE.drop()
-        if Path(folder).name.startswith("offline-"):  # its part will be in the whole log; one online `wandb sync` skips
-            self._superseded.append(folder)
+        _SERVICE.drop()
         if self._failures == _ATTEMPTS:
             self._messages = None
             _say(f"{reason}; this run goes on without it")

@@ -10,6 +10,7 @@ picture or table that cannot be made, {"failed": text} before it ends because wa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -129,7 +130,8 @@ def main(arguments: Sequence[str]) -> int:
         os.dup2(nowhere.fileno(), 1)
 
     def report(**answer: Any) -> None:
-        print(json.dumps(answer), file=outgoing, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody is there to be told; what it sent before is logged
+            print(json.dumps(answer), file=outgoing, flush=True)
 
     if "--ask" in arguments:
         report(**_Logger(False, report)._decision())
@@ -143,8 +145,6 @@ def main(arguments: Sequence[str]) -> int:
             getattr(logger, method)(*content)
             report(done=True)
         logger.finish(failed=True)  # of a parent that was killed: its run is not over
-    except BrokenPipeError:
-        return 1  # nobody is there to be told
     except Exception as error:
         report(failed=_described(error))
         return 1

@@ -175,14 +175,17 @@ class Service:
         if self._link is not None:
             self._link.folder = ""
 
-    def drop(self) -> str:
-        """End a link that failed; the next one is offline. Returns where it was writing, "" if nowhere."""
+    @property
+    def folder(self) -> str:
+        """Where wandb writes the run that was begun last; "" where it has begun none."""
+        return "" if self._link is None else self._link.folder
+
+    def drop(self) -> None:
+        """End a link that failed; the next one is offline."""
         self.offline = True
         link, self._link = self._link, None
-        if link is None:
-            return ""
-        link.kill()
-        return link.folder
+        if link is not None:
+            link.kill()
 
     def close(self) -> None:
         """At the end of this process: never longer than the bound."""
