@@ -13,13 +13,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from analysis.bank_numbers import (
     STATISTICS,
@@ -31,11 +28,18 @@ from analysis.bank_numbers import (
     read_bank,
 )
 from analysis.house_style import colour, marker, new_figure, save, style
+from analysis.records import tell
 from analysis.study import Study, load_study, print_name
+from analysis.text_tables import as_csv
+from lda.arguments import Parser, checked, existing_folder, output_folder, whole
 from lda.command import exit_code
-from lda.errors import UsageError, unknown
-from lda.files import atomic
+from lda.errors import FailedError, UsageError, unknown, warn
+from lda.files import atomic, damage_of_zip
 from lda.runs import BUFFER_BANK, UnitFolder, is_unit, read_unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # --- what to draw ----------------------------------------------------------------------------------------------------
 
@@ -61,8 +65,17 @@ def open_source(run_or_study: Path, unit: str | None = None) -> Source:
             raise UsageError(f"--unit {unit}: {run_or_study} is a single run already; --unit chooses from a study")
         return _opened(run_or_study, f"run {run_or_study.resolve().name}")
     study = load_study(run_or_study)
-    folder = run_or_study / (_default_unit(study) if unit is None else _named_unit(study, unit))
-    return _opened(folder, f"study {study.name}, {folder.parent.name}")
+    tell(study.flaws)
+    if unit is not None:
+        return _opened(run_or_study / _named_unit(study, unit), f"study {study.name}, {Path(unit).parent.name}")
+    left_out = ""
+    for name in _by_preference(study):
+        folder = run_or_study / name
+        if not (damage := damage_of_zip(_bank_of(folder))):
+            return _opened(folder, f"study {study.name}, {folder.parent.name}{left_out}")
+        warn(f"left out: {_bank_of(folder)}: {damage}")
+        left_out = ", banks that are damaged left out"
+    raise FailedError(f"{run_or_study}: every {_bank_of(run_or_study).name} in it is damaged")
 
 
 def _opened(folder: Path, where: str) -> Source:
@@ -83,17 +96,15 @@ def units_with_bank(study: Study) -> dict[str, str]:
     return {f"{row.trial}/{row.unit}": row.trial for row in study.units.itertuples() if _bank_of(row.path).is_file()}
 
 
-def _default_unit(study: Study) -> str:
+def _by_preference(study: Study) -> list[str]:
+    """The units with a bank: the best trial's, the defaults', the others'. Raises UsageError where there is none."""
     banks = units_with_bank(study)
     if not banks:
         name, methods = _bank_of(study.folder).name, sorted(study.units["title"].dropna().unique())
         why = f": a run of {' or '.join(methods)} keeps no bank" if methods else " yet; a unit writes it when it ends"
         raise UsageError(f"{study.folder} holds no {name}{why}")
-    for trial in (study.best_trial(), study.default_trial()):
-        for unit, its_trial in banks.items():
-            if trial is not None and its_trial == trial["name"]:
-                return unit
-    return next(iter(banks))
+    first = [trial["name"] for trial in (study.best_trial(), study.default_trial()) if trial is not None]
+    return sorted(banks, key=lambda unit: first.index(banks[unit]) if banks[unit] in first else len(first))
 
 
 def _named_unit(study: Study, unit: str) -> str:
@@ -145,6 +156,9 @@ def bank_figure(bank: Bank, layers: Sequence[str], title: str, channels: int = 3
 
 def draw_distances(axes: Axes, distances: pd.DataFrame) -> Axes:
     """Annotated heat map of `domain_distances`; the closest pair is framed."""
+    import seaborn as sns  # late, as all of matplotlib: analysis/__init__.py comes first
+    from matplotlib.patches import Rectangle
+
     names = [print_name(domain) for domain in distances.index]
     shown = pd.DataFrame(distances.to_numpy(), index=names, columns=names)
     sns.heatmap(
@@ -216,7 +230,7 @@ def write_all(source: Source, output: Path, layers: Sequence[str], channels: int
 
 def _write_csv(table: pd.DataFrame, path: Path) -> Path:
     with atomic(path) as file:
-        file.write(table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        file.write(as_csv(table, "%.6g"))
     return path
 
 
@@ -234,33 +248,39 @@ def describe(source: Source) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python analysis/buffer_bank.py RUN_OR_STUDY`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
-    parser = argparse.ArgumentParser(
+    return exit_code(lambda: _draw(parse_arguments(arguments)))
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(
         prog="python analysis/buffer_bank.py",
         description="Draw the Buffer Bank statistics of every source domain and the distances between domains.",
         epilog="--relative: (value - average over domains) / average standard deviation of the channel.",
     )
-    parser.add_argument("run_or_study", type=Path, help="folder of a run, or of a study, for example runs/protocol3")
+    parser.add_argument(
+        "run_or_study", type=existing_folder, help="folder of a run, or of a study, for example runs/protocol3"
+    )
     parser.add_argument(
         "--unit", help="unit of the study (default: best trial's first), for example trial-0003/cuhk03-s0"
     )
     parser.add_argument("--layers", nargs="+", default=[], help="layers to draw (default: first, middle and last)")
-    parser.add_argument("--channels", type=int, default=32, help="channels of a layer to draw (default: %(default)s)")
+    parser.add_argument(
+        "--channels", type=whole(1, 10**6), default=32, help="channels of a layer to draw (default: %(default)s)"
+    )
     parser.add_argument("--relative", action="store_true", help="draw differences to the domains' average, see below")
-    parser.add_argument("--output", type=Path, help="folder for the files (default: RUN_OR_STUDY)")
+    parser.add_argument("--output", type=output_folder, help="folder for the files (default: RUN_OR_STUDY)")
     options = parser.parse_args(arguments)
+    options.output = options.output or checked("--output", output_folder, options.run_or_study)
+    return options
 
-    def work() -> None:
-        if options.channels < 1:
-            raise UsageError(f"--channels: expected at least 1, got {options.channels}")
-        source = open_source(options.run_or_study, options.unit)
-        layers = choose_layers(source.bank, options.layers)
-        print(describe(source))
-        for path in write_all(
-            source, options.output or options.run_or_study, layers, options.channels, options.relative
-        ):
-            print(path)
 
-    return exit_code(work)
+def _draw(options: argparse.Namespace) -> None:
+    source = open_source(options.run_or_study, options.unit)
+    layers = choose_layers(source.bank, options.layers)
+    print(describe(source))
+    for path in write_all(source, options.output, layers, options.channels, options.relative):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lda import methods
+from lda import arguments, methods
 from lda.data.options import BatchSettings, DataOptions
 from lda.errors import UsageError, unknown
-from lda.groups import Chosen, Machine, Network, Run, Schedule, Selection, Setup, Test
+from lda.groups import NO_FILES, Chosen, Machine, Network, Run, Schedule, Selection, Setup, Test
 from lda.protocols import get_protocol
 from lda.settings import Setting, Settings, checked, settings_of
 
@@ -175,6 +175,12 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
     return Config(method=Chosen(name, own(**_own(own, values))), **parts)
 
 
+def check_files(config: Config) -> None:
+    """Raises UsageError where a file that a setting names cannot be read."""
+    if config.network.pretrained not in NO_FILES:
+        arguments.checked("pretrained", arguments.existing_file, config.network.pretrained)
+
+
 def _own(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: values[key] for key in settings_of(group) if key in values}
 
@@ -206,7 +212,9 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
-            raise UsageError(f"--set {pair!r}: expected KEY=VALUE, for example learning_rate=0.001")
+            raise UsageError(f"--set {arguments.shown(pair)}: expected KEY=VALUE, for example learning_rate=0.001")
+        if key in values:
+            raise UsageError(f"--set {arguments.shown(pair)}: {key} is given twice; keep one")
         kinds = _settings_named(key)
         # Two methods may use one name for different things: which is meant is known when the run's method is.
         values[key] = checked(kinds[0], text) if len({kind.kind for kind in kinds}) == 1 else text

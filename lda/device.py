@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from lda.command import cores
+from lda.command import cores, openmp_threads
 from lda.errors import UsageError
 from lda.groups import Machine
 
@@ -15,9 +14,9 @@ from lda.groups import Machine
 def choose_device(machine: Machine) -> torch.device:
     """The configured device; `auto` is the first GPU, else the CPU. Also sets the number of CPU threads.
 
-    Raises UsageError for a device that is not there.
+    Raises UsageError for a device that is not there, and for an OMP_NUM_THREADS that is no number.
     """
-    torch.set_num_threads(machine.threads or int(os.environ.get("OMP_NUM_THREADS", cores())))
+    torch.set_num_threads(machine.threads or openmp_threads() or cores())
     name = machine.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

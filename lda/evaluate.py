@@ -8,35 +8,47 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lda.checkpoint import load_method, read_checkpoint
-from lda.command import exit_code
+from lda.arguments import ArgumentError, Parser, existing_file, existing_folder, whole
+from lda.command import exit_code, openmp_threads
 from lda.config import Config, check_keys, parse_overrides
+from lda.data.cache import check_cache
 from lda.data.catalogue import facts, names
-from lda.data.sources import evaluation_splits
-from lda.data.standin.tree import ensure_standin
-from lda.device import choose_device
 from lda.errors import UsageError
 from lda.groups import Machine, Test
 from lda.settings import settings_of
-from lda.testing import Evaluator, check_target, chosen_splits, metrics
+
+# What imports torch is imported where it is needed: mistakes answer at once.
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lda.evaluate",
         description="Evaluate a checkpoint on a target's query and gallery; prints one JSON object.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt of a run folder")
+    parser.add_argument("--checkpoint", type=_checkpoint, required=True, help="checkpoint.pt of a run folder")
     parser.add_argument("--target", required=True, help="data set to evaluate on")
-    parser.add_argument("--split", type=int, help="one split only, from 0, as single-split papers do (Protocol-1)")
-    parser.add_argument("--data-root", type=Path, help="folder with the data sets; without it, the stand-in")
+    parser.add_argument(
+        "--split", type=whole(0, 1000), help="one split only, from 0, as single-split papers do (Protocol-1)"
+    )
+    parser.add_argument("--data-root", type=existing_folder, help="folder with the data sets; without it, the stand-in")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="settings of the test, for example flip_test=true",
     )  # fmt: skip
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    facts(options.target)
+    openmp_threads()
+    check_cache()
+    return options
+
+
+def _checkpoint(given: str) -> Path:
+    try:
+        return existing_file(given)
+    except ArgumentError as mistake:
+        raise ArgumentError(f"{mistake}; a run writes it as <run folder>/checkpoint.pt") from None
 
 
 def test_config(trained: Config, target: str, changes: Mapping[str, Any]) -> Config:
@@ -64,13 +76,18 @@ def _choosing_test_images() -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m lda.evaluate`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
-    options = parse_arguments(arguments)
-    return exit_code(lambda: _evaluate(options))
+    return exit_code(lambda: _evaluate(parse_arguments(arguments)))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    checkpoint = read_checkpoint(options.checkpoint)
     changes = parse_overrides(options.set)
+    from lda.checkpoint import load_method, read_checkpoint
+    from lda.data.sources import evaluation_splits
+    from lda.data.standin.tree import ensure_standin
+    from lda.device import choose_device
+    from lda.testing import Evaluator, check_target, chosen_splits, metrics
+
+    checkpoint = read_checkpoint(options.checkpoint)
     if options.split is not None:
         changes["test_split"] = options.split
     config = test_config(checkpoint.config, options.target, changes)

@@ -21,6 +21,10 @@ class Run(Settings):
     seed: int = setting(0, "seed of weights, batches and augmentation", low=0, high=2**31 - 1)
 
 
+NO_FILES = ("imagenet", "none")
+"""Values of `pretrained` that are no files."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Network(Settings):
     """The feature extractor."""

@@ -1,7 +1,7 @@
 """The folder of one unit: the truth about a run, as files. W&B and Optuna are views of it.
 
 config.json: {"format": 2, "unit": hash, "training": hash, "config": {flat settings}}
-env.json: commit, dirty flag, versions, host, device, command
+env.json: hash of the code, commit, dirty flag, versions, host, device, command
 metrics.jsonl: one line per logged step, append-only
 checkpoint.pt: the newest complete state
 result.json: {"format": 2} and the fields of `Result`; written last: a unit that has it is finished and never runs again
@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from lda.code import this_code
 from lda.errors import DamagedError, UsageError, unknown, warn
 from lda.files import atomic, damage_of_zip, held, read_json, remove_leftovers, sync_file, write_json
 from lda.settings import explained
@@ -50,7 +49,6 @@ _FILES = (CONFIG, ENVIRONMENT, METRICS, CHECKPOINT, RESULT, "*.npz")
 BUFFER_BANK = "buffer_bank"
 """Under this name a method keeps its Buffer Bank."""
 
-_PACKAGES = ("lda-reid", "torch", "torchvision", "numpy", "pillow", "wandb", "optuna")
 _T = TypeVar("_T")
 _own_keys_only = with_config(ConfigDict(extra="forbid"))
 
@@ -355,6 +353,32 @@ def unit_folders(parent: Path) -> list[Path]:
     return sorted(filter(is_unit, parent.glob("*")))
 
 
+def is_finished(folder: Path, unit: str) -> bool:
+    """Whether the folder holds the result of the unit of this hash, and it can be read."""
+    try:
+        result = UnitFolder(folder).result()
+    except UsageError:
+        return False
+    return result is not None and result.unit == unit
+
+
+def is_whole(folder: Path, unit: str) -> bool:
+    """Whether the folder holds the finished unit of this hash and nothing that tells of it is damaged."""
+    files = UnitFolder(folder)
+    if not is_finished(folder, unit) or unit_of(folder) != unit or files.damaged_kept():
+        return False
+    try:
+        return None not in _lines(folder / METRICS)
+    except OSError:
+        return False
+
+
+def record_files(folder: Path) -> list[Path]:
+    """What tells of a finished unit, its weights apart: the files that are there."""
+    named = [folder / name for name in (CONFIG, ENVIRONMENT, METRICS, RESULT)]
+    return [path for path in (*named, *sorted(folder.glob("[!.]*.npz"))) if path.is_file()]
+
+
 def finished(folder: Path) -> bool:
     """Whether the unit of this folder has its result."""
     return UnitFolder(folder).finished
@@ -560,11 +584,13 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def environment(device: str) -> dict[str, Any]:
     """What a run can name of its parents: code, versions, machine, command."""
+    code = this_code()
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "code": code.digest,
+        "commit": code.commit,
+        "dirty": code.dirty,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": code.versions,
         "host": platform.node(),
         "platform": platform.platform(),
         "device": device,
@@ -573,29 +599,10 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def made_by_this_code(folder: Path) -> bool:
-    """Whether a unit's env.json names this commit and these package versions; False where that cannot be known."""
+    """Whether a unit's env.json names this very code and these package versions; False where that cannot be known."""
     try:
-        then, now = read_json(folder / ENVIRONMENT), environment("")
+        then, code = read_json(folder / ENVIRONMENT), this_code()
     except UsageError as error:
         warn(f"{error}; what code made the unit is not known")
         return False
-    known = bool(now["commit"]) and not now["dirty"] and then.get("dirty") is False
-    return known and all(then.get(key) == now[key] for key in ("commit", "versions"))
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _git(*arguments: str) -> str:
-    """Output of git in the source tree, empty where there is no git or no repository."""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return then.get("code") == code.digest and then.get("versions") == code.versions

@@ -120,6 +120,8 @@ def checked(known: Setting, value: Any) -> Any:
     Raises UsageError in one line that begins with the setting's name.
     """
     is_tuple = get_origin(known.kind) is tuple
+    if known.kind is str and value == "":
+        raise UsageError(f"{known.name}: expected a text, got an empty one")
     try:
         if is_tuple and isinstance(value, str):
             return _adapter(known).validate_python(tuple(value.strip("()[] ").replace(",", " ").split()))

@@ -13,20 +13,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from typing import TYPE_CHECKING, Any
 
 from lda import methods
-from lda.command import exit_code
+from lda.arguments import Parser, existing_folder, names, whole
+from lda.command import exit_code, openmp_threads
 from lda.config import Config, parse_overrides, preset
-from lda.data.sources import Task, build_task
-from lda.data.standin.tree import ensure_standin
-from lda.device import choose_device
-from lda.errors import UsageError
-from lda.trainer import Trainer
+from lda.data.cache import check_cache
+
+if TYPE_CHECKING:
+    from lda.data.sources import Task
+
+# What imports torch is imported where it is needed: mistakes answer at once.
 
 _WARMUP = 48  # steps before anything is measured: some methods begin by steps that are cheaper
 
@@ -34,6 +32,9 @@ _WARMUP = 48  # steps before anything is measured: some methods begin by steps t
 @contextmanager
 def convolutions_counted() -> Iterator[Callable[[], int]]:
     """Counts the multiply-adds of convolutions inside `with`, forward and backward; what it gives says how many."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     backward = {torch.ops.aten.convolution_backward: _backward_of_convolution}
     with FlopCounterMode(display=False, custom_mapping=backward) as mode:
 
@@ -56,6 +57,9 @@ class _Steps:
     """The steps of one method, one after the other."""
 
     def __init__(self, config: Config, task: Task) -> None:
+        from lda.device import choose_device
+        from lda.trainer import Trainer
+
         self.trainer = Trainer(config, task, choose_device(config.machine))
         self.batches = self.trainer.loader()
         self.seconds: list[float] = []
@@ -102,35 +106,42 @@ def _median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m lda.step_cost`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
-    parser = argparse.ArgumentParser(
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(
         prog="python -m lda.step_cost",
         description="Measure a training step of every method beside the plain network's, on the stand-in.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--methods", default=",".join(methods.names()), help="names, with commas between")
-    parser.add_argument("--rounds", type=int, default=20, help="steps that are timed of each")
-    parser.add_argument("--data-root", type=Path, help="folder with the data sets; without it, the stand-in")
+    parser.add_argument("--methods", type=names, default=",".join(methods.names()), help="names, with commas between")
+    parser.add_argument("--rounds", type=whole(1, 10**6), default=20, help="steps that are timed of each")
+    parser.add_argument("--data-root", type=existing_folder, help="folder with the data sets; without it, the stand-in")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings that all methods share"
     )
     options = parser.parse_args(arguments)
+    openmp_threads()
+    check_cache()
+    return options
 
-    def work() -> None:
-        names = [name for name in options.methods.split(",") if name]
-        for name in names:
-            methods.find(name)
-        if options.rounds < 1:
-            raise UsageError(f"--rounds: expected 1 or more, got {options.rounds}")
-        changes, recipe = {"threads": 1, **parse_overrides(options.set)}, "real" if options.data_root else "standin"
-        config = preset(recipe, method=methods.CONTROL, **changes)
-        run, fraction = config.run, config.selection.validation_fraction
-        root = options.data_root or ensure_standin()
-        task = build_task(run.protocol, run.target, root, config.data, validation_fraction=fraction)
-        print(table(recipe, changes, list(dict.fromkeys([methods.CONTROL, *names])), task, options.rounds))
 
-    return exit_code(work)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m lda.step_cost`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+    return exit_code(lambda: _measure(parse_arguments(arguments)))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from lda.data.sources import build_task
+    from lda.data.standin.tree import ensure_standin
+
+    for name in options.methods:
+        methods.find(name)
+    changes, recipe = {"threads": 1, **parse_overrides(options.set)}, "real" if options.data_root else "standin"
+    config = preset(recipe, method=methods.CONTROL, **changes)
+    run, fraction = config.run, config.selection.validation_fraction
+    root = options.data_root or ensure_standin()
+    task = build_task(run.protocol, run.target, root, config.data, validation_fraction=fraction)
+    print(table(recipe, changes, list(dict.fromkeys([methods.CONTROL, *options.methods])), task, options.rounds))
 
 
 if __name__ == "__main__":

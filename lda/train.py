@@ -13,7 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lda import config as configs
 from lda import methods
-from lda.command import exit_code
+from lda.arguments import HIGHEST_SEED, Parser, checked, existing_folder, output_folder, path, whole
+from lda.command import exit_code, openmp_threads
+from lda.data.cache import check_cache
 from lda.errors import UsageError
 from lda.protocols import PROTOCOLS, get_protocol
 from lda.runs import UnitFolder, print_method
@@ -21,18 +23,20 @@ from lda.runs import UnitFolder, print_method
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lda.train",
         description="Train on a protocol's source domains, select on held-out source identities, test on the target.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--protocol", default="protocol3", help=", ".join(PROTOCOLS))
     parser.add_argument("--target", default="market1501", help="the unseen target domain")
-    parser.add_argument("--data-root", type=Path, help="folder with the data sets; without it, the stand-in")
+    parser.add_argument("--data-root", type=existing_folder, help="folder with the data sets; without it, the stand-in")
     parser.add_argument("--preset", help="standin or real; by default standin without --data-root, else real")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and augmentation")
     parser.add_argument(
-        "--output", type=Path, help="run folder (default: runs/train/<protocol>-<target>-<method>-s<seed>)"
+        "--seed", type=whole(0, HIGHEST_SEED), default=0, help="seed of weights, batches and augmentation"
+    )
+    parser.add_argument(
+        "--output", type=path, help="run folder (default: runs/train/<protocol>-<target>-<method>-s<seed>)"
     )
     parser.add_argument(
         "--set",
@@ -42,14 +46,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="KEY=VALUE",
         help=f"settings, see lda/config.py; method: {', '.join(methods.names())}",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    openmp_threads()
+    check_cache()
+    return options
 
 
 def resolve(options: argparse.Namespace) -> configs.Config:
     """The configuration of a command line. Raises UsageError."""
     changes = configs.parse_overrides(options.set)
     for key in ("protocol", "target", "seed"):
-        changes.setdefault(key, getattr(options, key))
+        given = getattr(options, key)
+        if changes.setdefault(key, given) != given != configs.COMMON[key].default:
+            raise UsageError(f"--{key} {given} and --set {key}={changes[key]}: keep one of the two")
     get_protocol(changes["protocol"]).sources(changes["target"])
     preset = options.preset or ("real" if options.data_root else "standin")
     return configs.preset(preset, **changes)
@@ -86,7 +95,8 @@ def _signals_interrupt() -> Iterator[None]:
 def _run(options: argparse.Namespace) -> int:
     config = resolve(options)
     name = f"{config.run.protocol}-{config.run.target}-{config.method.name}-s{config.run.seed}"
-    folder = options.output or Path("runs", "train", name)
+    configs.check_files(config)
+    folder = checked("--output", output_folder, options.output or Path("runs", "train", name))
     from lda.unit import Progress as UnitProgress  # torchvision takes seconds: bad usage is told before
     from lda.unit import run_unit
 

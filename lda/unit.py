@@ -111,7 +111,7 @@ def run_unit(
 
 
 def _saved(run: RunFolder, device: torch.device) -> Checkpoint | None:
-    """The unit's checkpoint, None where it starts anew. Raises UsageError where it says whose folder it is instead."""
+    """The unit's checkpoint, None where it starts anew. Raises UsageError where the folder is another's."""
     if not os.path.lexists(run.checkpoint):
         return None
     try:

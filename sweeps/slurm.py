@@ -11,31 +11,33 @@ Needs submitit (install lda-reid[slurm]); `--cluster local` runs the tasks on th
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lda.arguments import checked, output_folder, path, whole
 from lda.command import exit_code
 from lda.errors import UsageError
-from sweeps.list.storage import VARIABLE, has_password
+from sweeps.list.addresses import VARIABLE, asked_for, has_password
+from sweeps.plan.study_files import study_file, study_name
+from sweeps.run import StudyParser, split_storage
 from sweeps.run import parser as run_parser
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = StudyParser(
         prog="python -m sweeps.slurm",
         description="Run a study as an array of SLURM tasks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--tasks", type=int, default=4, metavar="N", help="size of the array")
+    parser.add_argument("--tasks", type=whole(1, 10_000), default=4, metavar="N", help="size of the array")
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="local: on this machine")
     parser.add_argument(
-        "--logs", type=Path, default=Path("runs/slurm"), metavar="DIR", help="folder of the tasks' output"
+        "--logs", type=path, default=Path("runs/slurm"), metavar="DIR", help="folder of the tasks' output"
     )
     parser.add_argument("--wait", action="store_true", help="wait until every task has ended")
     parser.add_argument(
@@ -64,8 +66,7 @@ def slurm_options(pairs: Sequence[str]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 submitted (with --wait: every task done), 1 a task failed, 2 bad usage,
     130 interrupted (the tasks go on)."""
-    given = parser().parse_args(arguments)
-    return exit_code(lambda: _submit(given))
+    return exit_code(lambda: _submit(parser().parse_args(arguments)))
 
 
 def _submit(given: argparse.Namespace) -> int:
@@ -74,15 +75,21 @@ def _submit(given: argparse.Namespace) -> int:
     except ImportError:
         raise UsageError("submitit is not installed; install lda-reid[slurm]") from None
     run = [argument for argument in given.run if argument != "--"]
-    checked = run_parser().parse_args(run)  # a mistake is told here, not on every node
-    if given.cluster == "slurm" and checked.storage is None and VARIABLE not in os.environ:
+    task = run_parser().parse_args(run)  # a mistake is told here, not on every node
+    if task.study is None:
+        raise UsageError("--study NAME is missing behind --")
+    study = study_name(study_file(task.study))
+    if given.cluster == "slurm" and (asked_for(task.storage) or "sqlite").startswith("sqlite"):
         raise UsageError(
             f"several nodes need --storage postgresql://... or journal (or {VARIABLE}); sqlite serves one machine"
         )
-    if checked.storage is not None and has_password(checked.storage):
+    if any(has_password(storage) for storage in split_storage(run)[1]):
         raise UsageError(f"--storage: submitit would write the password to a file; put the URL into {VARIABLE} instead")
+    options = slurm_options(given.slurm)
+    checked("--logs", output_folder, given.logs)
+    checked("--output", output_folder, task.output / study)
     executor = submitit.AutoExecutor(folder=given.logs, cluster=given.cluster)
-    executor.update_parameters(name=f"lda-{checked.study}", **slurm_options(given.slurm))
+    executor.update_parameters(name=f"lda-{study}", **options)
     jobs = executor.map_array(run_task, [run] * given.tasks)
     print(f"{len(jobs)} tasks submitted: {', '.join(job.job_id for job in jobs)}; output in {given.logs}", flush=True)
     if not given.wait:

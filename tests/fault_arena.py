@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Arena:
         spec = {"search": points(3), **options}
         base = {"steps_per_epoch": STEPS, **spec.pop("base", {})}  # type: ignore[dict-item]
         environment = {"LDA_STORAGE": self.url} if self.url else {}
+        environment |= spec.pop("environment", {})  # type: ignore[arg-type, call-overload]
         return Command(self.folder / name, self.data_root, base=base, environment=environment, **spec)  # type: ignore[arg-type]
 
     def server(self) -> Server:
@@ -89,6 +91,14 @@ def training(command: Command, index: int, target: str = "market1501", steps: in
 # --- what the faults need --------------------------------------------------------------------------------------------
 
 
+def injected(folder: Path, body: str) -> dict[str, str]:
+    """Environment of a command whose workers run `body` before anything else: a sitecustomize.py of their own."""
+    folder.mkdir()
+    guarded = textwrap.indent(textwrap.dedent(body), "    ")
+    (folder / "sitecustomize.py").write_text(f'import sys\nif "sweeps.crew.worker" in sys.orig_argv:\n{guarded}\n')
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))}
+
+
 def root(what: str) -> None:
     """Raises Skip where this is not root."""
     if os.getuid() != 0:
@@ -124,10 +134,10 @@ def namespace() -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def small_disk(folder: Path, mebibytes: int) -> Iterator[None]:
+def small_disk(folder: Path, mebibytes: int, inodes: int = 0) -> Iterator[None]:
     """A file system of that size at `folder`, which vanishes with all that is on it."""
     root("mounting a small disk")
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m,nr_inodes={inodes}", "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode != 0:
         raise Skip(f"no mounting here: {done.stderr.strip()}")

@@ -20,12 +20,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import fault_data
 import fault_disk
 import fault_processes
 import fault_storage
@@ -41,10 +42,11 @@ from lda.config import from_mapping
 from lda.files import read_json
 from lda.runs import Result, environment, read_unit
 from lda.unit import run_unit
-from sweeps.list.ledger import Configuration, configurations, fault
-from sweeps.list.storage import engine_of, open_storage, storage_url
+from sweeps.list.addresses import storage_url
+from sweeps.list.attempts import Configuration, configurations, fault
+from sweeps.list.storage import opened
 
-__all__ = ["FAULTS", "Skip", "fault_disk", "fault_processes", "fault_storage", "fault_wandb"]
+__all__ = ["FAULTS", "Skip", "fault_data", "fault_disk", "fault_processes", "fault_storage", "fault_wandb"]
 
 _COMPARED = 10  # units of a study whose results are compared with undisturbed ones
 
@@ -82,7 +84,7 @@ class Watch:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._seen: dict[Path, tuple[int, int]] = {}
+        self._seen: dict[Path, bytes] = {}
         self.twice: set[Path] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -102,10 +104,13 @@ class Watch:
 
     def _look(self) -> None:
         for path in self._folder.glob("*/runs/mine/trial-*/*/result.json"):
-            state = path.stat()
-            now = (state.st_ino, state.st_mtime_ns)
-            if self._seen.setdefault(path, now) != now:
-                self.twice.add(path)
+            with suppress(
+                OSError, ValueError
+            ):  # damaged by the fault itself, or removed; a copy that comes back is equal
+                now = path.read_bytes()
+                json.loads(now)
+                if self._seen.setdefault(path, now) != now:
+                    self.twice.add(path)
 
     @property
     def lost(self) -> set[Path]:
@@ -142,16 +147,12 @@ def strike(name: str, folder: Path, data_root: Path, play: Callable[[Arena], Pla
 
 
 def _configurations(arena: Arena, command: Command) -> list[Configuration]:
-    storage = open_storage(storage_url(arena.url, command.study), 60, 180)
-    found = [
-        configuration
-        for name in optuna.study.get_all_study_names(storage)
-        for configuration in configurations(optuna.load_study(study_name=name, storage=storage).get_trials())
-    ]
-    storage.remove_session()
-    if (engine := engine_of(storage)) is not None:  # psycopg warns of connections left to the garbage collector
-        engine.dispose()
-    return found
+    with opened(storage_url(arena.url, command.study)) as storage:
+        return [
+            configuration
+            for name in optuna.study.get_all_study_names(storage)
+            for configuration in configurations(optuna.load_study(study_name=name, storage=storage).get_trials())
+        ]
 
 
 def _repeated(study: Path) -> set[Path]:

@@ -47,7 +47,7 @@ def interrupted(*_: object, **__: object) -> NoReturn:
 @pytest.mark.parametrize(
     ("module", "name", "main", "arguments"),
     [
-        (evaluate, "read_checkpoint", evaluate.main, ["--checkpoint", "x", "--target", "prid"]),
+        (evaluate, "parse_overrides", evaluate.main, ["--checkpoint", __file__, "--target", "prid"]),
         (train, "resolve", train.main, []),
     ],
     ids=["evaluate", "train"],

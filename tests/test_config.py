@@ -97,9 +97,14 @@ def test_bad_overrides_are_one_clear_line(pair: str, message: str) -> None:
 
 
 def test_overrides_are_typed() -> None:
-    pairs = ["bank_momentum=.95", "epochs=3", "flip_test=yes", "milestones=2,3", "latent=mixture", "milestones=(4 5)"]
-    expected = {"bank_momentum": 0.95, "epochs": 3, "flip_test": True, "milestones": (4, 5), "latent": "mixture"}
+    pairs = ["bank_momentum=.95", "epochs=3", "flip_test=yes", "milestones=2,3", "latent=mixture"]
+    expected = {"bank_momentum": 0.95, "epochs": 3, "flip_test": True, "milestones": (2, 3), "latent": "mixture"}
     assert parse_overrides(pairs) == expected
+    assert parse_overrides(["milestones=(4 5)"]) == {"milestones": (4, 5)}
+    with pytest.raises(UsageError, match="epochs is given twice"):
+        parse_overrides(["epochs=3", "epochs=3"])
+    with pytest.raises(UsageError, match="device: expected a text, got an empty one"):
+        parse_overrides(["device="])
 
 
 def test_a_key_of_another_method_is_refused_by_the_name_of_its_method() -> None:

@@ -128,8 +128,7 @@ def test_01_missing_folders(doctor, root: Path, tmp_path: Path) -> None:
     assert f"{MARKET} lacks query, bounding_box_test" in answer.line("^    error: Market-1501 is incomplete")
     assert "similar names there: MSMT17-V1" in answer.line("^    error: MSMT17 not found")
     assert "expected cuhk_sysu/cropped_images" in answer.line("CUHK-SYSU not found")
-    assert doctor(tmp_path / "nowhere") == (2, f"error: --data-root {tmp_path}/nowhere does not exist or is not a "
-                                               "folder\n")  # fmt: skip
+    assert doctor(tmp_path / "nowhere") == (2, f"error: --data-root: {tmp_path}/nowhere: there is no such folder\n")
     assert doctor(tmp_path / "data" / "MSMT17-V1" / "train").code == 1  # nothing at all there
 
 

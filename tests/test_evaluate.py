@@ -86,4 +86,4 @@ def test_bad_target_and_checkpoint_are_one_line(
     assert run(finished["both"], "--data-root", str(standin_tiny), "--target", "market") == 2
     assert "did you mean 'market1501'" in capsys.readouterr().err
     assert run(tmp_path, "--target", "market1501") == 2
-    assert "is not a file; a run writes it as" in capsys.readouterr().err
+    assert "there is no such file; a run writes it as" in capsys.readouterr().err

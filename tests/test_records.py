@@ -168,8 +168,8 @@ def test_content_hash_by_hand(tmp_path: Path) -> None:
         for path in (folder / part).glob("*_c*.jpg"):
             pid, camera = path.name.split("_")[0], path.name.split("_")[1][1]
             if pid != "-1":
-                size = len(path.read_bytes())
-                lines.setdefault(part, []).append(f"{part}/{path.name} {size} {int(pid)} {int(camera) - 1}\n")
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                lines.setdefault(part, []).append(f"{part}/{path.name} {digest} {int(pid)} {int(camera) - 1}\n")
     texts = [f"{len(lines[part])}\n{''.join(sorted(lines[part]))}" for part in MARKET_PARTS]
     expected = [hashlib.sha256("".join(chosen).encode()).hexdigest() for chosen in (texts, texts[1:])]
     assert _hashes(tmp_path) == tuple(expected)
@@ -233,3 +233,14 @@ def test_content_hash_of_unpacked_images_is_that_of_their_archive(tmp_path: Path
     assert len(hashes) == 1
     archive.write_bytes(b"another release")
     assert content_hash([[ImageRecord(path, 1, 0)]], tmp_path / "set", archive) not in hashes
+
+
+def test_images_of_the_same_size_with_other_pixels_are_other_data(tmp_path: Path) -> None:
+    """As a re-encoded copy may be; the folder's own place says nothing."""
+    hashes = []
+    for place, content in (("here", b"one!"), ("there", b"one!"), ("coded", b"two!")):
+        path = tmp_path / place / "a.jpg"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        hashes.append(content_hash([[ImageRecord(path, 1, 0)]], path.parent))
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -328,7 +328,7 @@ def test_metrics_that_cannot_be_read_say_nothing(tmp_path: Path, capsys: Any) ->
 def test_environment_names_the_runs_parents() -> None:
     env = environment("cpu")
     assert env["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert set(env) == {"commit", "dirty", "python", "versions", "host", "platform", "device", "command"}
+    assert set(env) == {"code", "commit", "dirty", "python", "versions", "host", "platform", "device", "command"}
     json.dumps(env)
 
 

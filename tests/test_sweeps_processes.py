@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,26 @@ def test_cpu_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan_slots(2, 0, "auto") == [Slot(0, "", 1), Slot(1, "", 1)]
 
 
-def test_gpu_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def gpus_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Puts an nvidia-smi that prints these lines, and nothing else, on PATH."""
+
+    def listed(*lines: str) -> None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(devices, "_DEVICES", tmp_path)
+
+    return listed
+
+
+def eight() -> list[str]:
+    return [f"GPU {index}: NVIDIA H100 (UUID: GPU-{index}a2b3c4d-0000)" for index in range(8)]
+
+
+def test_gpu_slots(monkeypatch: pytest.MonkeyPatch, gpus_listed: Callable[..., None]) -> None:
+    gpus_listed(*eight())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.setattr(devices, "cores", lambda: 16)
     assert plan_slots(None, 0, "auto") == [Slot(0, "2", 8), Slot(1, "5", 8)]
@@ -38,7 +57,8 @@ def test_gpu_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Slot(0, "5", 8).environment["OMP_NUM_THREADS"] == "8"
 
 
-def test_one_gpu_can_be_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_gpu_can_be_picked(monkeypatch: pytest.MonkeyPatch, gpus_listed: Callable[..., None]) -> None:
+    gpus_listed(*eight())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.setattr(devices, "cores", lambda: 16)
     assert plan_slots(None, 0, "cuda") == plan_slots(None, 0, "auto")
@@ -51,7 +71,83 @@ def test_one_gpu_can_be_picked(monkeypatch: pytest.MonkeyPatch) -> None:
         plan_slots(None, 0, "cuda")
 
 
+@pytest.mark.parametrize(
+    ("visible", "found", "told"),
+    [
+        ("0,1,2,3", [], "'0' is not there, this machine has 0 GPU(s); none used"),
+        ("-1", [], ""),
+        ("", [], ""),
+        (" , ", [], ""),
+        ("GPU-0a2b3c4d", [], "'GPU-0a2b3c4d' is not there"),
+        ("NoDevFiles", [], "'NoDevFiles' is not there"),
+    ],
+)
+def test_no_gpu_is_taken_for_one(
+    visible: str,
+    found: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus_listed: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gpus_listed()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert devices.gpus() == found
+    assert told in (line := capsys.readouterr().err)
+    assert len(line.splitlines()) == bool(told)
+
+
+@pytest.mark.parametrize(
+    ("visible", "found", "told"),
+    [
+        ("1,0", ["1", "0"], ""),
+        ("0,7,1", ["0"], "'7' is not there, this machine has 2 GPU(s); 0 used"),  # CUDA stops there as well
+        ("1,-1,0", ["1"], ""),
+        ("GPU-1a2b", ["GPU-1a2b"], ""),
+        ("GPU-9", [], "'GPU-9' is not there"),
+        ("MIG-77c4-part,1", ["MIG-77c4-part", "1"], ""),
+        ("MIG-GPU-1a2b3c4d-0000/1/0", ["MIG-GPU-1a2b3c4d-0000/1/0"], ""),
+    ],
+)
+def test_gpus_have_numbers_and_names(
+    visible: str,
+    found: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus_listed: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gpus_listed(*eight()[:2], "  MIG 1g.10gb     Device  0: (UUID: MIG-77c4-part)")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert devices.gpus() == found
+    assert told in (line := capsys.readouterr().err)
+    assert len(line.splitlines()) == bool(told)
+
+
+def test_devices_count_where_no_tool_lists_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A container often has the one and not the other; and a tool may hang with its driver."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(devices, "_DEVICES", tmp_path)
+    for name in ("nvidiactl", "nvidia-uvm", "nvidia3", "nvidia5"):
+        (tmp_path / name).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert devices.gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc,1")
+    assert devices.gpus() == ["GPU-abc", "1"]
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nwhile :; do :; done\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(devices, "_SMI_SECONDS", 0.2)
+    assert devices.gpus() == ["GPU-abc", "1"]
+
+
+def test_more_workers_than_a_machine_can_start_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"--workers: expected \d+ at most, got 1000000: each is a process"):
+        plan_slots(10**6, 1, "cpu")
+
+
 def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(devices, "_DEVICES", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert devices.gpus() == []
@@ -64,7 +160,7 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def nothing(slot: Slot, incarnation: int) -> Assignment:
-    return Assignment("s", {}, "", "", "", {}, "real", slot.index, 1, "", None)
+    return Assignment("s", {}, "", "", "", {}, "real", slot.index, 1, "", None, "")
 
 
 def supervised(folder: StudyFolder, attempts: Iterator[int]) -> None:

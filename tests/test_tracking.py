@@ -1,62 +1,194 @@
-"""W&B as a view: real offline runs read back by wandb's own viewer; never a prompt, never a failed run."""
+"""W&B as a view: real runs read back by wandb's own viewer; never a prompt, a failed run, or a wait without end."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from studies import children_of, wait_for
+from wandb_server import Fault, Server
 
-from lda import tracking
-from lda.tracking import RunLabels, Tracker, account_configured, resolve_mode
+from lda.errors import UsageError
+from lda.tracking import RunLabels, Tracker, account_configured, announcement, resolve_mode
+from lda.tracking.modes import WORDS, log_folder, requested
+
+KEY = "k" * 40
+DEAD = "http://127.0.0.1:9"
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(autouse=True)
-def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A user without an account. Returns the home directory."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")] + ["NETRC"]:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    return home
 
 
-def test_mode_follows_the_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert resolve_mode("auto") == "offline"
-    (tmp_path / "netrc").write_text("machine other.example login user password secret\n")
-    assert not account_configured()
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert resolve_mode("auto") == "online"
-    assert resolve_mode("offline") == "offline"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert resolve_mode("auto") == "disabled"
-    monkeypatch.delenv("WANDB_API_KEY")
-    monkeypatch.setenv("WANDB_BASE_URL", "https://other.example")
+# --- which mode ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "environment", "expected"),
+    [
+        ("offline", {"WANDB_MODE": "disabled"}, "offline"),
+        ("auto", {"WANDB_MODE": "disabled"}, "disabled"),
+        ("auto", {"WANDB_MODE": "dryrun"}, "offline"),
+        ("auto", {"WANDB_MODE": "run"}, "online"),
+        ("auto", {"WANDB_MODE": "shared"}, "online"),
+        ("auto", {"WANDB_DISABLED": "true", "WANDB_MODE": "online"}, "disabled"),
+        ("auto", {"WANDB_DISABLED": "false", "WANDB_MODE": "offline"}, "offline"),
+        ("auto", {"WANDB_MODE": ""}, "auto"),
+    ],
+)
+def test_words(setting: str, environment: Mapping[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert requested(setting).mode == expected
+
+
+def test_unknown_words_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Capture) -> None:
+    """A mistake where it can be mended; a line where a run has begun, whose log is kept."""
+    monkeypatch.setenv("WANDB_MODE", "Offline")
+    with pytest.raises(UsageError, match=r"WANDB_MODE: unknown mode of W&B 'Offline' \(did you mean 'offline'\?\)"):
+        announcement("auto")
+    Tracker(tmp_path, "abc", {}, RunLabels()).finish()
+    assert capfd.readouterr().err.startswith("W&B: WANDB_MODE: unknown mode of W&B 'Offline'")
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+
+
+def test_our_words_are_wandbs() -> None:
+    code = "import wandb; print(*wandb.Settings.model_fields['mode'].annotation.__args__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == set(WORDS)
+
+
+def netrc(host: str) -> str:
+    return f"machine {host}\n  login user\n  password {KEY}\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "environment", "mode", "reason"),
+    [
+        ({}, {}, "offline", "no account for https://api.forge.coreweave.com"),
+        ({}, {"WANDB_API_KEY": KEY}, "online", "https://api.forge.coreweave.com"),
+        ({}, {"WANDB_API_KEY": "short"}, "offline", "WANDB_API_KEY invalid: API key must have 40+ characters, has 5"),
+        ({}, {"WANDB_IDENTITY_TOKEN_FILE": "token"}, "online", "https://api.forge.coreweave.com"),
+        ({".netrc": netrc("api.forge.coreweave.com")}, {}, "online", "https://api.forge.coreweave.com"),
+        ({"_netrc": netrc("api.wandb.ai")}, {}, "online", "https://api.forge.coreweave.com"),
+        ({"mine": netrc("our.example")}, {"NETRC": "~/mine"}, "offline", "no account for https://api.forge.coreweave.com"),
+        (
+            {"mine": netrc("our.example"), "c/settings": "[default]\nbase_url = https://our.example\n"},
+            {"NETRC": "~/mine", "WANDB_CONFIG_DIR": "~/c"},
+            "online",
+            "https://our.example",
+        ),
+        (
+            {".netrc": netrc("api.wandb.ai"), ".config/wandb/settings": "[default]\nmode = offline\n"},
+            {},
+            "offline",
+            "mode = offline in W&B's settings file",
+        ),
+    ],
+)  # fmt: skip
+def test_logged_in_as_wandb_sees_it(
+    files: Mapping[str, str],
+    environment: Mapping[str, str],
+    mode: str,
+    reason: str,
+    nobody: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, content in files.items():
+        (nobody / name).parent.mkdir(parents=True, exist_ok=True)
+        (nobody / name).write_text(content)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    line = announcement("auto", Path("runs/x"))
+    assert line.startswith(f"W&B: {mode} ({reason})")
+    assert line.endswith("; wandb sync runs/x/wandb uploads" if mode == "offline" else "; logs in runs/x/wandb")
+
+
+def test_account_configured_is_online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert account_configured()
+    assert resolve_mode("auto") == "online"
 
+
+def test_what_cannot_be_is_told_before_a_study_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert announcement("disabled") == "W&B: disabled (wandb=disabled)"
+    monkeypatch.setenv("LDA_WANDB_SECONDS", "soon")
+    with pytest.raises(UsageError, match="LDA_WANDB_SECONDS: expected seconds above 0, got 'soon'"):
+        announcement("offline")
+    monkeypatch.setenv("LDA_WANDB_SECONDS", "9")
+    monkeypatch.setenv("WANDB_DIR", "/proc/nowhere")
+    with pytest.raises(UsageError, match="WANDB_DIR: cannot make /proc/nowhere"):
+        announcement("offline")
+
+
+def test_disabled_starts_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from lda.tracking import RunLabels, Tracker, _SERVICE\n"
+        "Tracker(Path(sys.argv[1]), 'abc', {}, RunLabels(), mode='disabled').finish()\n"
+        "sys.exit(bool({'wandb', 'numpy'} & set(sys.modules)) or _SERVICE._link is not None)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
+    assert not (tmp_path / "wandb").exists()
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
 
 RUN = """
-import sys
+import os, sys
 from pathlib import Path
 import numpy as np
 from lda.tracking import RunLabels, Tracker
-labels = RunLabels(group="protocol3/trial-0007", job_type="search", name="t0007-market1501-s0", tags=("stand-in",))
-tracker = Tracker(Path(sys.argv[1]), "abc123", {"bank_momentum": 0.9}, labels)
-for step in (5, 10):
-    tracker.log({"step": step, "epoch": 1, "loss/total": 1.0 / step})
-tracker.log_image("buffer_bank", np.zeros((8, 8, 3), dtype=np.uint8), "rows")
-tracker.log_table("table", ["layer", "mean"], [["bn1", 0.5]])
-tracker.summarise({"test/mAP": 0.25})
-tracker.finish()
+for run in ("abc123", "def456")[:int(sys.argv[2])]:
+    labels = RunLabels(group="protocol3/trial-0007", job_type="search", name="t0007-market1501-s0", tags=("stand-in",))
+    tracker = Tracker(Path(sys.argv[1]), run, {"bank_momentum": 0.9}, labels)
+    for step in (5, 10):
+        tracker.log({"step": step, "epoch": 1, "loss/total": 1.0 / step})
+    print("logged", flush=True)
+    sys.stdin.readline()
+    tracker.log({"step": 15, "epoch": 2, "loss/total": 0.01})
+    tracker.log_image("buffer_bank", np.zeros((8, 8, 3), dtype=np.uint8), "rows")
+    tracker.log_image("missing", Path("nowhere.png"))
+    if "UPLOADED" not in os.environ:  # a table is an artifact, of which our server knows nothing
+        tracker.log_table("table", ["layer", "mean"], [["bn1", 0.5]])
+    tracker.summarise({"test/mAP": 0.25})
+    tracker.finish()
 """
 
 
-def inspected(folder: Path) -> str:
+def start(folder: Path, runs: int = 1, **environment: str) -> subprocess.Popen[str]:
+    """A process that logs runs; each goes on once told by `go`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(folder), str(runs)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def go(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    """Let it run to its end. Returns exit code and the lines of stderr."""
+    _, errors = process.communicate("\n\n", timeout=120)
+    return process.returncode, errors.splitlines()
+
+
+def inspected(folder: Path, run: str = "") -> str:
     """The run's records and summary as wandb's own viewer reads them."""
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    (file,) = folder.glob(f"wandb/offline-run-*/run-{run}*.wandb")
     command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", str(file), "--json"]
     return "".join(
         subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout
@@ -64,71 +196,156 @@ def inspected(folder: Path) -> str:
     )
 
 
-def test_offline_run_reads_back(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    text = inspected(tmp_path)
-    for expected in ("protocol3/trial-0007", "t0007-market1501-s0", "stand-in", "bank_momentum", "test/mAP"):
+def check_whole(folder: Path, run: str = "") -> None:
+    """One offline log of the run holds all that was logged."""
+    text = inspected(folder, run)
+    for expected in (
+        "protocol3/trial-0007",
+        "t0007-market1501-s0",
+        "stand-in",
+        "bank_momentum",
+        "test/mAP",
+        "lda-reid",
+    ):
         assert expected in text, expected
-    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))) == 1
+    for step in (5, 10, 15):
+        assert text.count(f'"_step","value_json":"{step}"') + text.count(f'"_step":{step},') >= 1, step
+    assert len(list(folder.glob(f"wandb/offline-run-*-{run}*/files/media/images/*.png"))) == 1
 
 
-class Broken:
-    """A W&B run whose every call fails."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise ConnectionError("service gone\nmore lines")
+NOT_MADE = "W&B: missing is not logged: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.png'"
 
 
-def test_failures_are_told_once_and_never_raise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tracker = Tracker(tmp_path, "abc", {}, RunLabels(), mode="disabled")
-    tracker._run = Broken()
-    tracker.log({"step": 1})
-    tracker.log({"step": 2})
-    tracker.log_image("picture", np.zeros((2, 2, 3), dtype=np.uint8))
-    tracker.finish()
-    assert capsys.readouterr().err == "W&B: log failed (ConnectionError: service gone); this run goes on without it\n"
+def test_an_offline_run_reads_back(tmp_path: Path) -> None:
+    assert go(start(tmp_path)) == (0, [NOT_MADE])
+    check_whole(tmp_path)
+    assert children_of_ended(tmp_path) == []
 
 
-def test_disabled_imports_no_wandb(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from lda.tracking import RunLabels, Tracker\n"
-        "Tracker(Path(sys.argv[1]), 'abc', {}, RunLabels(), mode='disabled').finish(); sys.exit('wandb' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
-    assert list(tmp_path.iterdir()) == []
+def children_of_ended(folder: Path) -> list[str]:
+    """Processes that still write below a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            files = [os.readlink(file) for file in (process / "fd").iterdir()]
+        except OSError:
+            continue
+        found += [process.name for file in files if file.startswith(str(folder))]
+    return found
 
 
-def test_account_without_network_falls_back_to_offline(tmp_path: Path) -> None:
-    """A key is configured, the server does not answer: no prompt, a bounded wait, an offline run."""
-    env = {**os.environ, "WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    hurried = "from lda import tracking; tracking._ONLINE_TIMEOUT = 3.0\n"
-    done = subprocess.run(
-        [sys.executable, "-c", hurried + RUN, str(tmp_path)], capture_output=True, text=True, check=False, env=env,
-        stdin=subprocess.DEVNULL, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "logging offline" in done.stderr
-    assert "k" * 40 not in done.stderr + done.stdout
-    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
-    leaked = [path for path in tmp_path.rglob("*") if path.is_file() and b"k" * 40 in path.read_bytes()]
-    assert leaked == []
+@pytest.mark.parametrize("victim", ["lda.tracking.child", "wandb-core"])
+def test_a_killed_process_costs_a_line(victim: str, tmp_path: Path) -> None:
+    process = start(tmp_path)
+    wait_for(lambda: bool(list(tmp_path.glob("wandb/offline-run-*/files/requirements.txt"))), process=process)
+    pid = next(pid for pid, command in children_of(process.pid) if victim in command)
+    os.kill(pid, signal.SIGKILL)
+    code, lines = go(process)
+    assert code == 0
+    assert lines[1:] == [NOT_MADE]
+    assert lines[0].endswith(f"logging offline in {tmp_path}/wandb, `wandb sync` uploads later")
+    check_whole(tmp_path)
 
 
-def test_only_scalars_of_the_run_are_labelled(tmp_path: Path) -> None:
-    """Two studies with the same unit stay two runs on a server."""
-    ids = []
+def test_a_killed_run_keeps_its_log_and_leaves_no_process(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    wait_for(lambda: bool(list(tmp_path.glob("wandb/offline-run-*/files/requirements.txt"))), process=process)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: children_of_ended(tmp_path) == [], 20)
+    text = inspected(tmp_path)
+    assert all(f'"_step","value_json":"{step}"' in text or f'"_step":{step},' in text for step in (5, 10))
+
+
+def test_the_same_unit_of_two_studies_is_two_runs(tmp_path: Path) -> None:
+    """On a server, that is: each keeps its own id."""
     for study in ("a", "b"):
-        folder = tmp_path / study
-        tracker = Tracker(folder, "abc123", {}, RunLabels(group=f"{study}/trial-0000"), mode="offline")
-        ids.append(tracker._run.id)
-        tracker.finish()
-    assert ids[0] != ids[1]
-    assert all(run.startswith("abc123-") for run in ids)
-    assert tracking._PROJECT == "lda-reid"
+        Tracker(tmp_path, "abc123", {}, RunLabels(group=f"{study}/trial-0000"), mode="offline").finish()
+    assert len({path.name for path in tmp_path.glob("wandb/offline-run-*/run-abc123-*.wandb")}) == 2
+
+
+def test_wandbs_own_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> None:
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("WANDB_PROJECT", "my-project")
+    monkeypatch.setenv("WANDB_ENTITY", "my-team")
+    Tracker(tmp_path / "unit", "abc123", {}, RunLabels(), mode="offline").finish()
+    assert log_folder(tmp_path / "unit") == tmp_path / "elsewhere" / "wandb"
+    text = inspected(tmp_path / "elsewhere")
+    assert "my-project" in text
+    assert "my-team" in text
+    monkeypatch.setenv("WANDB_DIR", "/proc/nowhere")
+    Tracker(tmp_path / "unit", "abc123", {}, RunLabels(), mode="offline").finish()
+    assert capfd.readouterr().err.startswith("W&B: WANDB_DIR: cannot make /proc/nowhere")
+    inspected(tmp_path / "unit")
+
+
+# --- servers that fail -----------------------------------------------------------------------------------------------
+
+
+def rows(server: Server) -> dict[str, list[int]]:
+    """Run -> steps of the rows of metrics that arrived."""
+    return {
+        run.partition("-")[0]: [row["step"] for row in uploaded if "step" in row]
+        for run, uploaded in server.rows.items()
+    }
+
+
+def check_uploads(folder: Path) -> None:
+    """What `wandb sync` of the folder brings to a server that works."""
+    with Server() as server:
+        environment = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
+        command = [str(Path(sys.executable).parent / "wandb"), "sync", str(folder / "wandb")]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+        assert rows(server) == {"abc123": [5, 10, 15], "def456": [5, 10, 15]}
+
+
+def check_failed(folder: Path, url: str, seconds: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Two runs logged to a server that fails: it ends, says so once, and every row is in a log that uploads."""
+    process = start(folder, runs=2, WANDB_API_KEY=KEY, WANDB_BASE_URL=url, LDA_WANDB_SECONDS=seconds, UPLOADED="1")
+    meanwhile()
+    code, lines = go(process)
+    assert code == 0
+    (told,) = [line for line in lines if line != NOT_MADE]
+    assert told.endswith(f"logging offline in {folder}/wandb, `wandb sync` uploads later")
+    for run in ("abc123", "def456"):
+        check_whole(folder, run)
+    check_uploads(folder)
+    leaked = [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert (leaked, [line for line in lines if KEY in line]) == ([], [])
+
+
+def test_a_server_that_works(tmp_path: Path) -> None:
+    with Server() as server:
+        process = start(tmp_path, runs=2, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url, UPLOADED="1")
+        assert go(process) == (0, [NOT_MADE, NOT_MADE])
+        assert rows(server) == {"abc123": [5, 10, 15], "def456": [5, 10, 15]}
+    assert list(tmp_path.glob("wandb/offline-run-*")) == []
+
+
+def test_an_account_and_no_network(tmp_path: Path) -> None:
+    check_failed(tmp_path, DEAD, "2")
+
+
+START = 3  # requests until a run has begun
+
+
+@pytest.mark.parametrize(
+    ("answers", "then"),
+    [
+        (START, "stall"),
+        pytest.param(0, "stall", marks=pytest.mark.slow),
+        pytest.param(1, "stall", marks=pytest.mark.slow),
+        pytest.param(0, "refuse", marks=pytest.mark.slow),
+        pytest.param(START, "refuse", marks=pytest.mark.slow),
+        pytest.param(START, "die", marks=pytest.mark.slow),
+    ],
+)
+def test_a_server_that_fails(answers: int, then: Fault, tmp_path: Path) -> None:
+    with Server(answers, then) as server:
+
+        def begun() -> None:
+            if answers >= START:
+                wait_for(lambda: server.requests >= START)
+
+        check_failed(tmp_path, server.url, "3", begun)
+        assert server.requests > answers

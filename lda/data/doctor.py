@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lda.arguments import Parser, existing_folder
 from lda.command import exit_code
 from lda.data import catalogue, survey_dataset
-from lda.data.cache import cache_dir
+from lda.data.cache import cache_dir, check_cache
 from lda.data.options import DataOptions
 from lda.data.packed import verify as verify_packed
 from lda.data.records import ReidDataset
@@ -94,11 +95,18 @@ def report(diagnoses: Sequence[Diagnosis]) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    return exit_code(lambda: _examine(parse_arguments(arguments)))
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(
         prog="python -m lda.data.doctor",
         description="Examine data sets: where they are, their counts beside the published ones, what is wrong.",
     )
-    parser.add_argument("--data-root", type=Path, required=True, metavar="DIR", help="folder that holds the data sets")
+    parser.add_argument(
+        "--data-root", type=existing_folder, required=True, metavar="DIR", help="folder that holds the data sets"
+    )
     parser.add_argument(
         "--dataset", nargs="+", default=[], metavar="NAME",
         help="only these, and wrong if missing (default: all but withdrawn ones): " + ", ".join(catalogue.names()),
@@ -106,12 +114,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="decode every image once; results are remembered")
     parser.add_argument("--lenient", action="store_true", help="warn of differences from the published data sets")
     options = parser.parse_args(arguments)
-    return exit_code(lambda: _examine(options))
+    if options.verify:
+        check_cache()
+    return options
 
 
 def _examine(options: argparse.Namespace) -> int:
     """Print the report; 1 if something is wrong."""
-    root = options.data_root.expanduser().absolute()
+    root = options.data_root.absolute()
     diagnoses = diagnose(root, options.dataset, strict=not options.lenient, verify=options.verify)
     damaged = _damaged_packs(cache_dir()) if options.verify else []
     for line in (*report(diagnoses), *(f"error: {path}: damaged packed images; delete it" for path in damaged)):

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from lda.arguments import Parser, checked, output_folder
 from lda.command import exit_code
 from lda.data.splits import DRAWS, FOLDER, FORMAT, NUM_SPLITS, RULES, digest
 
@@ -36,12 +37,19 @@ def draw(name: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    return exit_code(lambda: _compare(parse_arguments(arguments).write))
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(
         prog="python -m lda.data.draw_splits", description="Compare the shipped test splits with their generator."
     )
     parser.add_argument("--write", action="store_true", help="write the files instead")
     options = parser.parse_args(arguments)
-    return exit_code(lambda: _compare(options.write))
+    if options.write:
+        checked("--write", output_folder, FOLDER)
+    return options
 
 
 def _compare(write: bool) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lda.arguments import Parser, checked, existing_folder, output_folder
 from lda.command import cores, exit_code, progress
 from lda.data.decode import open_rgb
 from lda.data.matlab import load_mat
@@ -111,19 +112,29 @@ def crop_persons(release: Path, output: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    return exit_code(lambda: _crop(parse_arguments(arguments)))
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(
         prog="python -m lda.data.person_search",
         description="Crop the persons out of CUHK-SYSU's person-search release.",
     )
-    parser.add_argument("--input", type=Path, required=True, help="folder with annotation/Person.mat and Image/SSM")
-    parser.add_argument("--output", type=Path, required=True, help=f"data root; the crops go to {FOLDER} below it")
+    parser.add_argument(
+        "--input", type=existing_folder, required=True, help="folder with annotation/Person.mat and Image/SSM"
+    )
+    parser.add_argument(
+        "--output", type=output_folder, required=True, help=f"data root; the crops go to {FOLDER} below it"
+    )
     options = parser.parse_args(arguments)
+    checked("--output", output_folder, (options.output / FOLDER).parent)
+    return options
 
-    def work() -> None:
-        count = crop_persons(options.input, options.output)
-        print(f"{options.output / FOLDER}: {count:,} images (published: {PUBLISHED.images:,})")
 
-    return exit_code(work)
+def _crop(options: argparse.Namespace) -> None:
+    count = crop_persons(options.input, options.output)
+    print(f"{options.output / FOLDER}: {count:,} images (published: {PUBLISHED.images:,})")
 
 
 def _crop_scene(scene: _Scene) -> None:

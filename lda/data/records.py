@@ -50,7 +50,7 @@ class ReidDataset:
         splits: the divisions of a data set that has several; query and gallery are those of the first. Else empty.
         version: which of several releases or crops this is ("MSMT17_V2", "labeled"); printed with every result.
         standin: True for generated images that only imitate the data set.
-        data_hash: hash of everything that was read; of the pixels for the stand-in, else of names, sizes and lists, see
+        data_hash: hash of everything that was read; of the pixels for the stand-in, else of names, bytes and lists, see
             `lda.data.survey.content_hash`.
         test_hash: the same of query and gallery alone, whatever else was read.
         distractor_pids: pids in the gallery that are nobody (background boxes); they never train.

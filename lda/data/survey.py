@@ -19,7 +19,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lda.data.cache import cache_dir
+from lda.data.intact import damaged, read_lists
 from lda.data.records import ImageRecord, ReidDataset, Split
+from lda.data.verify import byte_digests
 from lda.errors import UsageError
 
 CLUTTER = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
@@ -28,6 +31,8 @@ CLUTTER = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 SHOWN = 3  # offending names quoted in one message
 
 MARKER = "STANDIN.json"
+DIGESTS = "STANDIN-digests.json"
+"""Beside the marker: data set -> file -> SHA-256 of its bytes."""
 
 
 class Severity(enum.IntEnum):
@@ -127,6 +132,7 @@ class StandIn:
     content_hash: str  # of the first data sets together
     counts: Mapping[str, Mapping[str, Mapping[str, int]]]  # data set -> part -> {"ids", "images", "cameras"}
     hashes: Mapping[str, str] = field(default_factory=dict)  # data set that joined later -> its own
+    root: Path | None = None  # folder of the marker
 
     def hash_of(self, name: str) -> str:
         """The content hash that results on data set `name` depend on."""
@@ -213,6 +219,7 @@ class Survey:
             splits=tuple(splits),
         )
         if self.standin:
+            self._check_drawn(self.standin)
             drawn = self.standin.hash_of(self.name)
             return replace(dataset, data_hash=drawn, test_hash=drawn)
         tests = [part for split in dataset.test_splits for part in (split.query, split.gallery)]
@@ -221,6 +228,17 @@ class Survey:
             data_hash=content_hash([dataset.train, *tests], dataset.root, archive),
             test_hash=content_hash(tests, dataset.root, archive),
         )
+
+    def _check_drawn(self, standin: StandIn) -> None:
+        """Raises UsageError where drawn files are not what was drawn; nothing is known of a tree without digests."""
+        if standin.root is None:
+            return
+        broken = damaged(standin.root, read_lists(standin.root / DIGESTS).get(self.name, {}))
+        if broken:
+            raise UsageError(
+                f"{standin.root}: {len(broken):,} files of the stand-in's {self.title} are damaged or missing, "
+                f"{broken[0]} first; remove that folder and generate it again"
+            )
 
     # --- finding -----------------------------------------------------------------------------------------------------
     def locate(self, *layouts: Layout) -> Found | None:
@@ -341,24 +359,27 @@ class Survey:
 
 
 def content_hash(parts: Sequence[Sequence[ImageRecord]], root: Path, archive: Path | None = None) -> str:
-    """What lists of images hold, without reading the images: 64 hex digits.
+    """What lists of images hold: 64 hex digits.
 
     SHA-256 over these lines, in UTF-8, each ended by a line feed: for every list, in the order given, its number of
-    images, then for every image "<path> <size in bytes> <pid> <camid>", sorted. Paths are relative to `root` with "/"
-    between folders. Where the images were unpacked from `archive` their encoding is this machine's: then the first
-    line is "<path of the archive> <its size>", and images are named without folder and size. So the hash does not
+    images, then for every image "<path> <SHA-256 of the file> <pid> <camid>", sorted. Paths are relative to `root` with
+    "/" between folders. Where the images were unpacked from `archive` their encoding is this machine's: then the first
+    line is "<path of the archive> <its SHA-256>", and images are named without folder and digest. So the hash does not
     depend on where the data set lies, on modification times or on the order of a file system; it does on every name
-    and size, on who is where, and on how the images are divided.
+    and byte, on who is where, and on how the images are divided. A file that has not changed is not read again, see
+    `lda.data.verify.byte_digests`.
     """
     digest = hashlib.sha256()
+    paths = {record.path for part in parts for record in part} if archive is None else {archive}
+    digests = byte_digests(sorted(paths), root, cache_dir(), root.name)
     if archive is not None:
-        digest.update(f"{_relative(archive, root)} {archive.stat().st_size}\n".encode())
+        digest.update(f"{_relative(archive, root)} {digests[archive]}\n".encode())
     names: dict[Path, str] = {}  # of several splits most images are the same
     for part in parts:
         for record in part:
             if record.path not in names:
-                size = f" {os.stat(record.path).st_size}" if archive is None else ""
-                names[record.path] = (record.path.name if archive else _relative(record.path, root)) + size
+                content = f" {digests[record.path]}" if archive is None else ""
+                names[record.path] = (record.path.name if archive else _relative(record.path, root)) + content
         lines = sorted(f"{names[record.path]} {record.pid} {record.camid}\n" for record in part)
         digest.update(f"{len(part)}\n{''.join(lines)}".encode())
     return digest.hexdigest()
@@ -418,7 +439,7 @@ def read_standin(folder: Path) -> StandIn | None:
         if _exists(path):
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
-                return StandIn(str(content["hash"]), content["counts"], content.get("hashes", {}))
+                return StandIn(str(content["hash"]), content["counts"], content.get("hashes", {}), place)
             except (ValueError, KeyError, TypeError) as error:
                 raise UsageError(f"{path}: not a stand-in marker ({error}); generate the stand-in again") from None
     return None

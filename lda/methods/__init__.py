@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from lda import arguments
 from lda.errors import UsageError, unknown
 from lda.groups import Chosen, Setup
 from lda.settings import settings_of
@@ -38,7 +39,11 @@ def names() -> list[str]:
 
 
 def _files() -> dict[str, Path]:
-    folders = [Path(folder).expanduser() for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
+    folders = [
+        arguments.checked(VARIABLE, arguments.path, folder)
+        for folder in os.environ.get(VARIABLE, "").split(os.pathsep)
+        if folder
+    ]
     found: dict[str, Path] = {}
     for folder in (_HERE, *folders):
         if not folder.is_dir():

@@ -176,7 +176,7 @@ def build_backbone(name: str, pretrained: str = "none", recompute: bool = False)
             "pretrained=FILE, or set pretrained=none"
         ) from error
     if pretrained not in ("none", "imagenet"):
-        _load_weights(network, Path(pretrained))
+        _load_weights(network, Path(pretrained).expanduser())
     channels = network.fc.in_features
     first = network.layer4[0]  # last stride 1: the field's habit, twice the map's height and width
     (first.conv1 if isinstance(first, BasicBlock) else first.conv2).stride = (1, 1)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 
 from lda import methods
+from lda.arguments import HIGHEST_STUDY_SEED
 from lda.config import METHOD, Config, preset
 from lda.groups import Machine
 from lda.settings import settings_of
@@ -19,9 +20,15 @@ from sweeps.plan.space import Axis, Point, Space, checked_axis, grid
 
 T = TypeVar("T")
 _strict_keys = with_config(ConfigDict(extra="forbid"))
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0, le=10**6)]
+Positive = Annotated[int, Field(ge=1, le=10**6)]
+Seconds = Annotated[float, Field(gt=0, le=10**9, allow_inf_nan=False)]
+
+MOST_TRIALS = 100_000
+"""Configurations of a study: each is a row in its storage and a folder; methods that are compared multiply it."""
+
+MOST_SEEDS = 10_000
+"""Fresh seeds of a confirmation."""
 
 
 @_strict_keys
@@ -63,7 +70,7 @@ class Search:
 
     space: dict[str, Axis] = field(default_factory=dict)
     sampler: Literal["tpe", "gp", "random", "grid"] = "tpe"
-    trials: Count = 20
+    trials: Annotated[int, Field(ge=0, le=MOST_TRIALS)] = 20
     hours: Seconds | None = None
     device_hours: Seconds | None = None
     retries: Count = 2
@@ -82,7 +89,7 @@ class Confirm:
     """
 
     top: Positive = 1
-    seeds: Count = 2
+    seeds: Annotated[int, Field(ge=0, le=MOST_SEEDS)] = 2
 
 
 @_strict_keys
@@ -107,6 +114,7 @@ class StudySpec:
         seed: of the sampler and of the search's units; confirmation takes the seeds after it.
         heartbeat_seconds: how often a worker says that it lives.
         grace_seconds: a worker silent for this long has lost its trial.
+        stall_seconds: a worker that lives and makes no step for this long gives its trial away; a sixth of it is said.
     """
 
     title: str
@@ -121,9 +129,10 @@ class StudySpec:
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     compare: tuple[str, ...] | Literal["all"] = ()
     compute: Literal["steps", "passes"] = "steps"
-    seed: Annotated[int, Field(ge=0, lt=2**30)] = 0
+    seed: Annotated[int, Field(ge=0, le=HIGHEST_STUDY_SEED)] = 0
     heartbeat_seconds: Positive = 20
     grace_seconds: Positive = 120
+    stall_seconds: Positive = 3600
 
     def config(self, target: str, seed: int, changes: Mapping[str, Any]) -> Config:
         """The settings of one unit. Raises UsageError naming the setting at fault."""
@@ -295,7 +304,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
 def same_study(spec: StudySpec) -> dict[str, Any]:
     """The part of a spec that must not change while a study lasts: all but titles, budgets, retries, confirmation."""
     plain = to_dict(spec)
-    for key in ("title", "cost", "confirm", "compare", "heartbeat_seconds", "grace_seconds"):
+    for key in ("title", "cost", "confirm", "compare", "heartbeat_seconds", "grace_seconds", "stall_seconds"):
         del plain[key]
     if spec.compare:  # a method that joins brings its own
         del plain["methods"]

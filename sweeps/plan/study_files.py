@@ -14,28 +14,62 @@ import yaml
 from pydantic import ValidationError
 
 from lda import methods
+from lda.arguments import checked, existing_file, shown
 from lda.config import COMMON, METHOD, check_keys, known_settings, preset
 from lda.errors import UsageError, unknown
 from lda.protocols import get_protocol
 from lda.settings import explained, settings_of
 from sweeps.plan.space import Axis, checked_axis, checked_point, grid
-from sweeps.plan.spec import Search, StudySpec, from_dict
+from sweeps.plan.spec import Search, StudySpec, from_dict, to_dict
 
 STUDIES = Path(__file__).parent.parent / "studies"
 """Folder of the studies that `--study NAME` finds by name."""
+
+CONFIRMS = "-confirm"
+"""End of the name under which a storage keeps the confirmation of a study, see `sweeps.list.study`."""
+
+_LONGEST_NAME = 200  # bytes; files are written under longer ones first
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+    """YAML in which a key stands once: PyYAML itself lets the last one win."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Raises ComposerError at a key's second place."""
+        mapping = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in mapping.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key.start_mark.line + 1
+            if (key.tag, key.value) in lines:
+                problem = f"the key {key.value!r} stands twice, first in line {lines[key.tag, key.value]}; keep one"
+                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+            lines[key.tag, key.value] = line
+        return mapping
 
 
 def study_file(study: str) -> Path:
     """The file of `--study`: a name in sweeps/studies, or the path of a YAML file. Raises UsageError."""
     if study.endswith((".yaml", ".yml")):
-        path = Path(study)
-        if not path.is_file():
-            raise UsageError(f"--study {study}: there is no such file")
-        return path
+        return checked("--study", existing_file, study)
     names = study_names()
     if study not in names:
-        raise UsageError(f"--study: {unknown('study', study, names)}")
+        a_file = "; a file's name ends with .yaml or .yml" if "/" in study or "." in study else ""
+        raise UsageError(f"--study: {unknown('study', study, names)}{a_file}")
     return STUDIES / f"{study}.yaml"
+
+
+def study_name(file: Path) -> str:
+    """The name that a study has of its file: of its folder, in its storage, on dashboards. Raises UsageError."""
+    name = file.stem
+    if not name.isprintable() or len(name.encode(errors="replace")) > _LONGEST_NAME:
+        wanted = f"printable characters, {_LONGEST_NAME} bytes at most"
+        raise UsageError(f"--study {shown(str(file))}: a study has the name of its file: {wanted}")
+    if name.startswith(".") or name.endswith(CONFIRMS):
+        wrong = "begins with a dot" if name.startswith(".") else f"ends with {CONFIRMS}, as only confirmations do"
+        raise UsageError(f"--study {file}: a study has the name of its file, and this one {wrong}; rename it")
+    return name
 
 
 def study_names() -> list[str]:
@@ -46,19 +80,28 @@ def study_names() -> list[str]:
 def load(path: Path) -> StudySpec:
     """Read a study file and check types and keys. Raises UsageError in one line; see `resolve` for the rest."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
-        raise UsageError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UsageError(f"{path}:{line} not valid YAML: {problem}") from None
+    except RecursionError:
+        raise UsageError(f"{path}: not a study: lists or keys inside each other without end") from None
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a date that is none
         raise UsageError(f"{path}: {error}") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected keys and values, got {values!r}")
+        raise UsageError(f"{path}: expected keys and values, got {shown(str(values))}")
+    return _validated(values, str(path))
+
+
+def _validated(values: Mapping[str, Any], where: str) -> StudySpec:
     try:
         return from_dict(values)
     except ValidationError as error:
-        raise UsageError(f"{path}: {_first_mistake(error)}") from None
+        raise UsageError(f"{where}: {_first_mistake(error)}") from None
+    except RecursionError:
+        raise UsageError(f"{where}: not a study: lists or keys inside each other without end") from None
 
 
 def _first_mistake(error: ValidationError) -> str:
@@ -125,9 +168,10 @@ def resolve(
         for key in spec.search.space:
             if key in {**spec.base, **spec.methods[run[0]]}:
                 raise UsageError(f"search.space.{key}: is set for every trial as well; keep one of the two")
-        return _checked(spec)
+        spec = _checked(spec)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
+    return _validated(to_dict(spec), str(file))  # as workers and later commands will read it
 
 
 def _with_entrants(spec: StudySpec, picked: Sequence[str] | None, overrides: Mapping[str, Any]) -> StudySpec:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from lda.arguments import HIGHEST_SEED, Parser, output_file, output_folder, whole
 from lda.command import exit_code
 from lda.data.catalogue import title
 from lda.data.standin.cuhk03_release import write_release
@@ -22,6 +22,8 @@ from lda.data.standin.draw import plans
 from lda.data.standin.layouts import SCALES, Plan, Shot
 from lda.data.standin.tree import VERSION, generate
 from lda.data.survey import MARKER
+from lda.errors import UsageError
+from lda.files import atomic
 
 
 def contact_sheet(root: Path, path: Path, persons: int = 8) -> None:
@@ -39,9 +41,8 @@ def contact_sheet(root: Path, path: Path, persons: int = 8) -> None:
                 with Image.open(root / shot.path) as image:
                     cell = image.convert("RGB").resize((width - 2, height), Image.Resampling.BICUBIC)
                 sheet.paste(cell, (label + column * (2 * width + gap) + k * width, y))
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    sheet.save(aside, "PNG", optimize=True)
-    aside.replace(path)
+    with atomic(path, "wb") as file:
+        sheet.save(file, "PNG", optimize=True)
 
 
 def _pairs(plan: Plan, persons: int) -> list[tuple[Shot, Shot]]:
@@ -60,20 +61,33 @@ def _pairs(plan: Plan, persons: int) -> list[tuple[Shot, Shot]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    return exit_code(lambda: _draw(parse_arguments(arguments)))
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(
         prog="python -m lda.data.standin",
         description="Draw stand-in pedestrians in the layouts of the real re-identification data sets.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the data sets")
-    parser.add_argument("--scale", default="small", help="how many persons and images: " + ", ".join(SCALES))
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed: other people and places")
-    parser.add_argument("--contact-sheet", type=Path, metavar="FILE", help="write a picture (PNG) of all domains here")
     parser.add_argument(
-        "--cuhk03-release", type=Path, metavar="DIR", help="write CUHK03's .mat files to this new folder"
+        "--output", type=output_folder, required=True, metavar="DIR", help="new folder for the data sets"
+    )
+    parser.add_argument("--scale", default="small", help="how many persons and images: " + ", ".join(SCALES))
+    parser.add_argument(
+        "--seed", type=whole(0, HIGHEST_SEED), default=0, metavar="N", help="another seed: other people and places"
+    )
+    parser.add_argument(
+        "--contact-sheet", type=output_file, metavar="FILE", help="write a picture (PNG) of all domains here"
+    )
+    parser.add_argument(
+        "--cuhk03-release", type=output_folder, metavar="DIR", help="write CUHK03's .mat files to this new folder"
     )
     options = parser.parse_args(arguments)
-    return exit_code(lambda: _draw(options))
+    if options.cuhk03_release and options.cuhk03_release.exists():
+        raise UsageError(f"--cuhk03-release: {options.cuhk03_release} exists; name a new folder")
+    return options
 
 
 def _draw(options: argparse.Namespace) -> None:

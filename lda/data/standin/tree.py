@@ -8,6 +8,8 @@ STANDIN.json: {"version", "seed", "scale", "hash", "hashes": {data set: hash}, "
 not the encoded bytes: the same pixels compress differently under another zlib. `hash` is that of the sets which this
 version began with (`layouts.FIRST`), together; a set that joined later has its own in `hashes`. So results on
 the first ones stay what they are when another set joins. A tree from before gets the sets that it lacks.
+STANDIN-digests.json, beside it: data set -> file -> SHA-256 of its bytes here, compared before the first use in every
+process.
 """
 
 from __future__ import annotations
@@ -16,19 +18,20 @@ import functools
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lda.command import cores, progress
 from lda.data.cache import cache_dir
+from lda.data.intact import damaged, digests_of, read_lists, write_lists
+from lda.data.making import alone, new_folder, publish, remove_left_over
 from lda.data.processes import map_processes
-from lda.data.standin.draw import draw_chunk, plans
+from lda.data.standin.draw import draw_chunk, draw_shot, pixel_digest, plans
 from lda.data.standin.layouts import FIRST, LAYOUTS, SCALES, Plan
-from lda.data.survey import MARKER
-from lda.errors import UsageError, unknown
+from lda.data.survey import DIGESTS, MARKER
+from lda.errors import UsageError, unknown, warn
+from lda.files import atomic, read_json, write_json
 
 VERSION = 1
 """Of the drawing. Results on different versions do not compare."""
@@ -38,40 +41,55 @@ _ALONE = 1500  # up to so many images, starting processes costs more than it sav
 
 
 def ensure_standin(scale: str = "small", seed: int = 0) -> Path:
-    """The stand-in's root folder, generated in the cache folder on first use. Raises UsageError for a bad scale."""
+    """The stand-in's root folder, generated in the cache folder on first use, and mended where it is damaged: what lies
+    there is ours to make again. Raises UsageError for a bad scale."""
     _check(scale, seed)
     root = cache_dir() / f"standin-v{VERSION}-{scale}-s{seed}"
-    generate(root, scale, seed)
+    if root.is_dir() and any(root.iterdir()) and not _is_whole_marker(root):
+        with alone(root, f"drawing stand-in {scale}"), new_folder(root) as aside:
+            if not _is_whole_marker(root):
+                warn(f"{root / MARKER} is damaged or missing; the stand-in is drawn again")
+                root.replace(aside)
+    mend(root, generate(root, scale, seed))
     return root
 
 
 def generate(output: Path, scale: str = "small", seed: int = 0, *, processes: int | None = None) -> dict[str, Any]:
     """Draws to `output` whatever of the stand-in is not there already; returns the content of its STANDIN.json.
 
-    `processes`: how many draw, default one for every core. Raises UsageError if `output` holds anything else.
+    One process draws, others that ask meanwhile wait for it. `processes`: how many it uses, default one for every core.
+    Raises UsageError if `output` holds anything else.
     """
     _check(scale, seed)
     output = output.expanduser().absolute()
-    _remove_stale(output)
     marker = _existing(output, scale, seed)
-    missing = [name for name in LAYOUTS if marker is None or name not in marker["counts"]]
-    if marker is not None and not missing:
+    if marker is not None and not _missing(marker):
         return marker
-    _prepare_parent(output)
-    aside = output.parent / f".{output.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        drawn = _draw_tree(aside, scale, seed, missing, processes)
-        if marker is not None:
-            return _add_sets(aside, output, drawn)
-        try:
-            aside.replace(output)
-        except OSError:  # another process was faster
-            if (marker := _existing(output, scale, seed)) is None:
-                raise
+    with alone(output, f"drawing stand-in {scale}"):
+        remove_left_over(output)
+        marker = _existing(output, scale, seed)  # somebody else may have drawn it meanwhile
+        missing = _missing(marker)
+        if marker is not None and not missing:
             return marker
-        return drawn
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with new_folder(output) as aside:
+            drawn = _draw_tree(aside, scale, seed, missing, processes)
+            if marker is not None:
+                return _add_sets(aside, output, drawn)
+            publish(aside, output)
+            return drawn
+
+
+def _missing(marker: dict[str, Any] | None) -> list[str]:
+    """The data sets that a tree lacks."""
+    return [name for name in LAYOUTS if marker is None or name not in marker["counts"]]
+
+
+def _is_whole_marker(root: Path) -> bool:
+    try:
+        read_marker(root)
+    except UsageError:
+        return False
+    return True
 
 
 def _check(scale: str, seed: int) -> None:
@@ -82,48 +100,26 @@ def _check(scale: str, seed: int) -> None:
 
 
 # --- the tree --------------------------------------------------------------------------------------------------------
+def read_marker(root: Path) -> dict[str, Any]:
+    """The content of a tree's STANDIN.json. Raises UsageError where there is none that can be read."""
+    try:
+        marker = read_json(root / MARKER)
+        _ = [marker[key] for key in ("version", "scale", "seed", "hash", "counts")]
+        return marker
+    except (UsageError, LookupError):
+        raise UsageError(f"{root} exists and is not a stand-in (no readable {MARKER}); name another folder") from None
+
+
 def _existing(output: Path, scale: str, seed: int) -> dict[str, Any] | None:
     """The marker of a finished tree, None if `output` is free. Raises UsageError if it is anything else."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     wanted = {"version": VERSION, "scale": scale, "seed": seed}
-    try:
-        marker: dict[str, Any] = json.loads((output / MARKER).read_text(encoding="utf-8"))
-        found, _ = {key: marker[key] for key in wanted}, marker["counts"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UsageError(f"{output} exists and is not a stand-in (no readable {MARKER}); name another folder") from None
+    marker = read_marker(output)
+    found = {key: marker[key] for key in wanted}
     if found != wanted:
         raise UsageError(f"{output} holds another stand-in: {found}, wanted {wanted}; name another folder")
     return marker
-
-
-def _prepare_parent(output: Path) -> None:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{output.parent}: cannot make this folder ({error.strerror})") from None
-    if not os.access(output.parent, os.W_OK):
-        raise UsageError(f"{output.parent}: cannot write here; name another folder or set LDA_CACHE_DIR")
-
-
-def _remove_stale(output: Path) -> None:
-    """Removes what processes that no longer run have left beside `output`."""
-    for path in output.parent.glob(f".{output.name}.tmp-*"):
-        pid = path.name.rpartition(".tmp-")[2].partition("-")[0]
-        if pid.isdigit() and not _runs(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    if os.name != "posix":  # signal 0 would end the process there
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _add_sets(aside: Path, output: Path, drawn: dict[str, Any]) -> dict[str, Any]:
@@ -138,8 +134,8 @@ def _add_sets(aside: Path, output: Path, drawn: dict[str, Any]) -> dict[str, Any
         marker: dict[str, Any] = json.loads((output / MARKER).read_text(encoding="utf-8"))
         joined = {key: {**marker.get(key, {}), **drawn[key]} for key in ("hashes", "counts")}
         marker = {**drawn, "hash": marker["hash"], **joined}
-        _write_marker(aside, marker)
-        (aside / MARKER).replace(output / MARKER)
+        write_lists(output / DIGESTS, {**read_lists(output / DIGESTS), **read_lists(aside / DIGESTS)})
+        write_json(output / MARKER, marker)
     except OSError as error:
         lacking = ", ".join(drawn["counts"])
         raise UsageError(f"{output}: lacks {lacking} and cannot be written ({error.strerror})") from None
@@ -176,7 +172,8 @@ def _draw_tree(root: Path, scale: str, seed: int, names: Iterable[str], processe
         "hashes": {name: _joint_hash(_paths(plan), digests) for name, plan in planned.items() if name not in FIRST},
         "counts": {name: plan.counts for name, plan in planned.items()},
     }
-    _write_marker(root, marker)
+    write_lists(root / DIGESTS, {name: digests_of(root, _paths(plan)) for name, plan in planned.items()})
+    write_json(root / MARKER, marker)
     return marker
 
 
@@ -188,5 +185,56 @@ def _joint_hash(paths: Iterable[str], digests: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{path} {digests[path]}\n" for path in sorted(paths)).encode()).hexdigest()
 
 
-def _write_marker(root: Path, marker: dict[str, Any]) -> None:
-    (root / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def mend(root: Path, marker: dict[str, Any]) -> None:
+    """Draw again what is damaged or missing in a tree.
+
+    One from before there were lists of digests is first compared with its marker by its pixels, which takes as long as
+    decoding it, and then gets lists, where it can be written.
+    """
+    planned = plans(marker["scale"], marker["seed"], marker["counts"])
+    lists = read_lists(root / DIGESTS)
+    unknown = [name for name in planned if name not in lists]
+    broken = {name: damaged(root, lists[name]) for name in planned if name in lists}
+    if unknown and not _pixels_agree(root, planned, marker):
+        broken |= {name: _paths(planned[name]) for name in unknown}
+    redrawn = [path for paths in broken.values() for path in paths]
+    if redrawn:
+        warn(f"{root}: {len(redrawn):,} files of the stand-in are damaged, {redrawn[0]} first; they are drawn again")
+    if not redrawn and (not unknown or not os.access(root, os.W_OK)):
+        return
+    with alone(root, "mending the stand-in"):
+        for name, paths in broken.items():
+            _draw_again(root, name, planned[name], set(paths), marker)
+        write_lists(root / DIGESTS, {name: digests_of(root, _paths(plan)) for name, plan in planned.items()})
+
+
+def _draw_again(root: Path, name: str, plan: Plan, paths: set[str], marker: dict[str, Any]) -> None:
+    for path in sorted(paths & set(plan.files)):
+        _write(root / path, plan.files[path])
+    for shot in plan.shots:
+        if shot.path in paths:
+            _write(root / shot.path, draw_shot(name, shot, marker["scale"], marker["seed"]))
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic(path, "wb") as file:
+        file.write(content)
+
+
+def _pixels_agree(root: Path, planned: Mapping[str, Plan], marker: dict[str, Any]) -> bool:
+    """Whether a tree's decoded pixels are those of its marker."""
+    try:
+        digests = {
+            path: hashlib.sha256(content).hexdigest() if path in plan.files else pixel_digest(content)
+            for plan in planned.values()
+            for path in _paths(plan)
+            for content in [(root / path).read_bytes()]
+        }
+    except (OSError, ValueError, SyntaxError):  # missing, or no image any more
+        return False
+    first = _joint_hash([path for name in FIRST if name in planned for path in _paths(planned[name])], digests)
+    later = {name: _joint_hash(_paths(plan), digests) for name, plan in planned.items() if name not in FIRST}
+    return bool(first == marker["hash"] and later == marker.get("hashes", {}))

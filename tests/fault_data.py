@@ -1,0 +1,121 @@
+"""Faults of images: packed files and the stand-in damaged between two commands, killed while they are made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from fault_arena import Arena, Play, Skip, injected, named, root, training
+from studies import Command, wait_for
+
+
+def cached(arena: Arena, **options: object) -> Command:
+    """A command with a cache of its own."""
+    environment = {"LDA_CACHE_DIR": str(arena.folder / "cache"), **options.pop("environment", {})}  # type: ignore[dict-item]
+    return arena.command(environment=environment, **options)
+
+
+def packed(arena: Arena) -> list[Path]:
+    return sorted((arena.folder / "cache" / "packed").glob("*.u8"))
+
+
+def _between_two_commands(arena: Arena, damage: str) -> Play:
+    command = cached(arena)
+    process = command.start()
+    wait_for(training(command, 1), process=process)
+    command.kill_everything(process)
+    files = packed(arena)
+    for file in files:
+        size = file.stat().st_size
+        if damage == "zeroed":
+            file.write_bytes(bytes(size))
+        else:
+            os.truncate(file, size // 2)
+    code = command.run()
+    log = next((command.study / "workers").glob("*.log")).read_text()
+    assert log.count("packing the images again") >= 1, log
+    return len(files), [command], code
+
+
+@named("packed images zeroed between two commands")
+def packed_zeroed(arena: Arena) -> Play:
+    return _between_two_commands(arena, "zeroed")
+
+
+@named("packed images truncated between two commands")
+def packed_truncated(arena: Arena) -> Play:
+    return _between_two_commands(arena, "truncated")
+
+
+@named("killed while packing")
+def killed_packing(arena: Arena) -> Play:
+    marker = arena.folder / "killed"
+    kills = f"""
+        import os, pathlib, signal
+        import lda.data.packed as packed
+        write, marker = packed.write_chunk, pathlib.Path({str(marker)!r})
+        def write_chunk(chunk):
+            done = write(chunk)
+            times = marker.stat().st_size if marker.exists() else 0
+            if times < 2:
+                with marker.open("ab") as file:
+                    file.write(b"x")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done
+        packed.write_chunk = write_chunk
+    """
+    command = cached(arena, environment=injected(arena.folder / "kills", kills))
+    code = command.run()
+    left = [path for path in (arena.folder / "cache" / "packed").iterdir() if path.name.startswith(".")]
+    assert left == [], left
+    return marker.stat().st_size, [command], code
+
+
+@named("killed while drawing the stand-in")
+def killed_drawing(arena: Arena) -> Play:
+    cache = arena.folder / "cache"
+    command = cached(arena)
+    for _ in range(2):
+        drawing = subprocess.Popen(
+            [sys.executable, "-m", "lda.data.standin", "--scale", "tiny", "--output", str(cache / "standin")],
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        wait_for(lambda: any(cache.glob(".standin.tmp-*/*/*")), process=drawing)  # type: ignore[arg-type]
+        drawing.send_signal(signal.SIGKILL)
+        drawing.wait()
+    again = [sys.executable, "-m", "lda.data.standin", "--scale", "tiny", "--output", str(cache / "standin")]
+    subprocess.run(again, check=True, capture_output=True)
+    assert [path.name for path in cache.iterdir()] == ["standin"], list(cache.iterdir())
+    arena.data_root = command.data_root = cache / "standin"
+    return 2, [command], command.run()
+
+
+@named("two hosts on a fresh shared cache")
+def two_hosts(arena: Arena) -> Play:
+    """Each with process ids and a host name of its own, as containers have."""
+    root("namespaces of processes and host names")
+    if shutil.which("unshare") is None:
+        raise Skip("no unshare command here: install the package util-linux")
+    cache = arena.folder / "cache"
+    draw = [sys.executable, "-m", "lda.data.standin", "--scale", "tiny", "--output", str(cache / "standin")]
+    apart = ["unshare", "--pid", "--fork", "--mount-proc", "--uts", "sh", "-c"]
+    hosts = [
+        subprocess.Popen(
+            [*apart, f'hostname {name}; exec "$@"', "sh", *draw],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for name in ("host-a", "host-b")
+    ]  # fmt: skip
+    said = [host.communicate(timeout=120) for host in hosts]
+    if any("unshare" in errors for _, errors in said):
+        raise Skip(f"no namespaces here: {said[0][1].strip()}")
+    assert [host.returncode for host in hosts] == [0, 0], said
+    assert [path.name for path in cache.iterdir()] == ["standin"], list(cache.iterdir())
+    command = cached(arena)
+    arena.data_root = command.data_root = cache / "standin"
+    return 2, [command], command.run()
