@@ -214,7 +214,7 @@ def check_whole(folder: Path, run: str = "") -> None:
     assert len(list(folder.glob(f"wandb/offline-run-*{run}*/files/media/images/*.png"))) == 1
 
 
-NOT_MADE = "W&B: missing is not logged: ValueError: Invalid file path: nowhere.png"
+NOT_MADE = "W&B: missing is not logged: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.png'"
 
 
 def test_an_offline_run_reads_back(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ service), in the calling thread, where no timeout of its own reaches; a process 
   wandb's service, and another child logs the whole run again, offline: every run keeps its messages until it is over.
   So after any failure there is one complete offline log, which `wandb sync` uploads. (wandb's own log of an online run
   is no substitute: there is none when `init` failed, and `wandb sync` skips those of online runs.)
-- A process that failed online stays offline: one wait per command, and one per worker of a study. After an error the
-  wait for W&B is 10 s at most, for a batch job that must stop has only its grace period.
+- A process that failed online stays offline, and so do the other processes of its command (`share_failure`): one wait
+  per command. After an error, and when it is stopped, a run waits 5 s for W&B and 5 s for each attempt to log offline:
+  a worker that must stop has 20 s.
 
 Offline unless an account is configured, never a prompt. An API key stays in the environment or file where wandb finds
 it: no message, argument or configuration holds it.
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lda.errors import UsageError
-from lda.tracking.link import LinkError, Service
+from lda.tracking.link import LinkError, Service, is_offline, share_failure
 from lda.tracking.modes import (
     Decision,
     account_configured,
@@ -44,10 +45,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["RunLabels", "Tracker", "account_configured", "announcement", "log_folder", "resolve_mode"]
+__all__ = ["RunLabels", "Tracker", "account_configured", "announcement", "log_folder", "resolve_mode", "share_failure"]
 
 _ATTEMPTS = 3  # to log one run: online, offline, and offline again where somebody killed that child
-_HURRY = 10.0  # seconds
+_HURRY = 5.0  # seconds for each
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Tracker:
             "tags": list(labels.tags),
             "config": dict(config),
         }
-        _SERVICE.begin()
+        _SERVICE.begin(decision.mode, self._logs)
         self._post("start", arguments, decision.mode)
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -152,8 +153,8 @@ class Tracker:
         """The child is of no use any more: the next one logs everything again, unless this has happened too often."""
         self._failures += 1
         first = not _SERVICE.offline
-        folder = _SERVICE.drop()
-        if Path(folder).name.startswith("offline-"):  # its part will be in the whole log; one online `wandb sync` skips
+        folder = _SERVICE.drop(reason)
+        if is_offline(folder):  # its part will be in the whole log; one online `wandb sync` skips
             self._superseded.append(folder)
         if self._failures == _ATTEMPTS:
             self._messages = None
