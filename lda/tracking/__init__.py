@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lda.errors import UsageError
-from lda.tracking.link import LinkError, Service, is_offline, share_failure
+from lda.tracking.link import LinkError, Service, share_failure
 from lda.tracking.modes import (
     Decision,
     account_configured,
@@ -85,15 +85,16 @@ class Tracker:
     ) -> None:
         self._messages: list[bytes] | None = None
         self._failures = 0
-        self._superseded: list[str] = []
         decision = _requested(mode)
         if decision.mode == "disabled":
             return
         self._messages = []
         self._logs = _writable(labels.folder or folder)
+        self._id = f"{unit}-{hashlib.sha256(labels.group.encode()).hexdigest()[:6]}"  # stable, and apart by study
+        self._earlier = self._offline_logs()  # of this run before it was interrupted
         arguments = {
             "dir": str(self._logs.parent),
-            "id": f"{unit}-{hashlib.sha256(labels.group.encode()).hexdigest()[:6]}",  # stable, and apart by study
+            "id": self._id,
             "group": labels.group or None,
             "job_type": labels.job_type,
             "name": labels.name or None,
@@ -122,10 +123,13 @@ class Tracker:
     def finish(self, failed: bool = False) -> None:
         """Close the run and wait, within the bound, until W&B has all of it."""
         self._post("finish", failed, wait=True, hurry=_HURRY if failed else None)
-        if self._messages is not None:
-            for folder in self._superseded:
-                shutil.rmtree(folder, ignore_errors=True)
+        if self._messages is not None and self._failures:
+            for part in self._offline_logs() - self._earlier - {Path(_SERVICE.folder).name}:
+                shutil.rmtree(self._logs / part, ignore_errors=True)  # it is in the whole log, which uploads
         self._messages = None
+
+    def _offline_logs(self) -> set[str]:
+        return {path.name for path in self._logs.glob(f"offline-run-*-{self._id}")}
 
     def _post(self, method: str, *content: object, wait: bool = False, hurry: float | None = None) -> None:
         """Send one message, and everything again where W&B failed."""
@@ -153,9 +157,7 @@ class Tracker:
         """The child is of no use any more: the next one logs everything again, unless this has happened too often."""
         self._failures += 1
         first = not _SERVICE.offline
-        folder = _SERVICE.drop(reason)
-        if is_offline(folder):  # its part will be in the whole log; one online `wandb sync` skips
-            self._superseded.append(folder)
+        _SERVICE.drop(reason)
         if self._failures == _ATTEMPTS:
             self._messages = None
             _say(f"{reason}; this run goes on without it")

@@ -4,8 +4,8 @@
     python -m lda.tracking.child --ask            print how wandb would log, as JSON
 
 A message is its length (8 bytes, big endian) and a pickled pair (name of a method of _Logger, its arguments); an empty
-one is the last. The answers are lines of JSON: {"ready"} once wandb is imported, {"done"} after every message, {"problem": text} for a
-picture or table that cannot be made, {"failed": text} before it ends because wandb failed.
+one is the last. The answers are lines of JSON: {"ready"} once wandb is imported, {"done"} after every message,
+{"problem": text} for a picture or table that cannot be made, {"failed": text} before it ends because wandb failed.
 """
 
 from __future__ import annotations

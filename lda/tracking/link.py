@@ -25,11 +25,6 @@ _FAILED = "LDA_WANDB_FAILED"
 _READ = ("HOME", "NETRC", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")  # by wandb, beside WANDB_*
 
 
-def is_offline(folder: str) -> bool:
-    """Whether wandb named this folder of a run for one that `wandb sync` uploads."""
-    return Path(folder).name.startswith("offline-")
-
-
 class LinkError(Exception):
     """The child failed, ended or is silent; the text says which."""
 
@@ -49,7 +44,7 @@ class Link:
         self._unsent, self._received = bytearray(), b""
         self._posted = self._confirmed = 0
         self._since, self._full = time.monotonic(), False
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115: as long as the child
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child lives
         command = [sys.executable, "-m", "lda.tracking.child", *(["--offline"] if offline else [])]
         try:
             self._process = subprocess.Popen(
@@ -217,16 +212,19 @@ class Service:
         if self._link is not None:
             self._link.folder = ""
 
-    def drop(self, reason: str) -> str:
-        """End a link that failed; the next one is offline. Returns where it was writing, "" if nowhere."""
+    @property
+    def folder(self) -> str:
+        """Where wandb writes the run that was begun last; "" until it has said so."""
+        return self._link.folder if self._link is not None else ""
+
+    def drop(self, reason: str) -> None:
+        """End a link that failed; the next one is offline."""
         first, self.offline = not self.offline, True
-        link, self._link = self._link, None
-        if link is not None:
-            link.kill()
-        folder = link.folder if link is not None else ""
-        if first and not is_offline(folder):
+        if first and not Path(self.folder).name.startswith("offline-"):
             _share(reason)
-        return folder
+        if self._link is not None:
+            self._link.kill()
+        self._link = None
 
     def close(self) -> None:
         """At the end of this process: never longer than the bound."""
