@@ -362,6 +362,17 @@ def is_finished(folder: Path, unit: str) -> bool:
     return result is not None and result.unit == unit
 
 
+def is_whole(folder: Path, unit: str) -> bool:
+    """Whether the folder holds the finished unit of this hash and nothing that tells of it is damaged."""
+    files = UnitFolder(folder)
+    if not is_finished(folder, unit) or unit_of(folder) != unit or files.damaged_kept():
+        return False
+    try:
+        return None not in _lines(folder / METRICS)
+    except OSError:
+        return False
+
+
 def record_files(folder: Path) -> list[Path]:
     """What tells of a finished unit, its weights apart: the files that are there."""
     named = [folder / name for name in (CONFIG, ENVIRONMENT, METRICS, RESULT)]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lda.errors import UsageError, warn
-from lda.runs import UnitFolder, is_finished
+from lda.runs import UnitFolder, is_whole
 from sweeps.list.archive import Archive
 from sweeps.list.attempts import Configuration
 from sweeps.list.jobs import configuration_job
@@ -51,12 +51,12 @@ def recorded(spec: StudySpec, configuration: Configuration) -> list[Recorded]:
 
 
 def missing(spec: StudySpec, folder: StudyFolder, known: Sequence[Configuration]) -> list[Recorded]:
-    """The units that are recorded and not here, or not readable."""
+    """The units that are recorded and not here, or damaged."""
     return [
         unit
         for configuration in known
         for unit in recorded(spec, configuration)
-        if not is_finished(folder.path / unit.place, unit.unit)
+        if not is_whole(folder.path / unit.place, unit.unit)
     ]
 
 

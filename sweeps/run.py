@@ -30,6 +30,7 @@ from lda.command import exit_code
 from lda.config import check_files, parse_overrides
 from lda.data.cache import check_cache
 from lda.errors import UsageError
+from lda.tracking.modes import announcement
 from sweeps.list.addresses import VARIABLE, asked_for, cleaned, has_password, masked, storage_url
 from sweeps.plan.images import is_standin
 from sweeps.plan.preview import preview
@@ -332,6 +333,8 @@ def _announce(plan: Plan, fixed: Sequence[str]) -> None:
     print(f"{plan.study}: {plan.spec.title} ({plan.data.kind} data, {where}, {plan.folder.path})", flush=True)
     for pair in fixed:
         print(f"fixed for every trial: {pair}", flush=True)
+    config = plan.spec.config(plan.spec.targets[0], plan.spec.seed, {})
+    print(announcement(config.machine.wandb, plan.folder.path), flush=True)
 
 
 if __name__ == "__main__":

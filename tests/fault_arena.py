@@ -134,10 +134,10 @@ def namespace() -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def small_disk(folder: Path, mebibytes: int) -> Iterator[None]:
+def small_disk(folder: Path, mebibytes: int, inodes: int = 0) -> Iterator[None]:
     """A file system of that size at `folder`, which vanishes with all that is on it."""
     root("mounting a small disk")
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m,nr_inodes={inodes}", "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode != 0:
         raise Skip(f"no mounting here: {done.stderr.strip()}")

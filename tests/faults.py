@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -84,7 +84,7 @@ class Watch:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._seen: dict[Path, tuple[int, int]] = {}
+        self._seen: dict[Path, bytes] = {}
         self.twice: set[Path] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -104,10 +104,13 @@ class Watch:
 
     def _look(self) -> None:
         for path in self._folder.glob("*/runs/mine/trial-*/*/result.json"):
-            state = path.stat()
-            now = (state.st_ino, state.st_mtime_ns)
-            if self._seen.setdefault(path, now) != now:
-                self.twice.add(path)
+            with suppress(
+                OSError, ValueError
+            ):  # damaged by the fault itself, or removed; a copy that comes back is equal
+                now = path.read_bytes()
+                json.loads(now)
+                if self._seen.setdefault(path, now) != now:
+                    self.twice.add(path)
 
     @property
     def lost(self) -> set[Path]:

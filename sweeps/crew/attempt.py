@@ -16,7 +16,7 @@ from optuna.trial import Trial
 from lda.config import Config
 from lda.errors import FolderInUseError
 from lda.files import cannot_write
-from lda.runs import Result, UnitFolder, is_finished
+from lda.runs import Result, UnitFolder, is_whole
 from lda.tracking import RunLabels
 from lda.trainer import TrainingError
 from lda.unit import Progress, run_unit
@@ -84,7 +84,7 @@ class Attempt:
         row: dict[str, Any] | None = self.trial.user_attrs.get(UNIT + target)
         if row is None or row["unit"] != self._unit(target, config):
             return None
-        if is_finished(self.post.folder.path / self._place(target), row["unit"]) or self._lies_elsewhere(target, row):
+        if is_whole(self.post.folder.path / self._place(target), row["unit"]) or self._lies_elsewhere(target, row):
             return row
         self.post.event("waiting", f"{self.job.title} {target} was finished and its files are gone: run again")
         return None
