@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from studies import children_of, wait_for
 from wandb_server import Fault, Server
 
 from lda.errors import UsageError
-from lda.tracking import RunLabels, Tracker, account_configured, announcement, resolve_mode
+from lda.tracking import RunLabels, Tracker, account_configured, announcement, resolve_mode, share_failure
 from lda.tracking.modes import WORDS, log_folder, requested
 
 KEY = "k" * 40
@@ -147,7 +149,7 @@ def test_disabled_starts_nothing(tmp_path: Path) -> None:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 RUN = """
-import os, sys
+import sys, time
 from pathlib import Path
 import numpy as np
 from lda.tracking import RunLabels, Tracker
@@ -161,8 +163,7 @@ for run in ("abc123", "def456")[:int(sys.argv[2])]:
     tracker.log({"step": 15, "epoch": 2, "loss/total": 0.01})
     tracker.log_image("buffer_bank", np.zeros((8, 8, 3), dtype=np.uint8), "rows")
     tracker.log_image("missing", Path("nowhere.png"))
-    if "UPLOADED" not in os.environ:  # a table is an artifact, of which our server knows nothing
-        tracker.log_table("table", ["layer", "mean"], [["bn1", 0.5]])
+    tracker.log_table("table", ["layer", "mean"], [["bn1", 0.5]])
     tracker.summarise({"test/mAP": 0.25})
     tracker.finish()
 """
@@ -186,31 +187,34 @@ def go(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
     return process.returncode, errors.splitlines()
 
 
-def inspected(folder: Path, run: str = "") -> str:
-    """The run's records and summary as wandb's own viewer reads them."""
+def records(folder: Path, run: str = "") -> list[dict[str, Any]]:
+    """What the run's one offline log holds, as wandb's own viewer reads it."""
     (file,) = folder.glob(f"wandb/offline-run-*/run-{run}*.wandb")
     command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", str(file), "--json"]
-    return "".join(
-        subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout
-        for more in ([], ["--summary"])
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check_whole(folder: Path, run: str = "") -> None:
-    """One offline log of the run holds all that was logged."""
-    text = inspected(folder, run)
-    for expected in (
-        "protocol3/trial-0007",
-        "t0007-market1501-s0",
-        "stand-in",
-        "bank_momentum",
-        "test/mAP",
-        "lda-reid",
-    ):
-        assert expected in text, expected
-    for step in (5, 10, 15):
-        assert text.count(f'"_step","value_json":"{step}"') + text.count(f'"_step":{step},') >= 1, step
-    assert len(list(folder.glob(f"wandb/offline-run-*-{run}*/files/media/images/*.png"))) == 1
+def steps(log: list[dict[str, Any]]) -> list[int]:
+    """Of the rows of metrics."""
+    items = [record["history"]["item"] for record in log if record["type"] == "history"]
+    return [item["step"] for item in items if "step" in item]
+
+
+def check_whole(folder: Path, run: str = "abc123") -> None:
+    """One offline log of the run holds all that was logged, once."""
+    log = records(folder, run)
+    (begun,) = [record["run"] for record in log if record["type"] == "run"]
+    assert begun["run_group"] == "protocol3/trial-0007"
+    assert (begun["display_name"], begun["job_type"]) == ("t0007-market1501-s0", "search")
+    assert (begun["project"], begun["tags"]) == ("lda-reid", ["stand-in"])
+    assert begun["config"]["update"]["bank_momentum"] == 0.9
+    assert steps(log) == [5, 10, 15]
+    summary = [record["summary"]["update"] for record in log if record["type"] == "summary"]
+    assert any(update.get("test/mAP") == 0.25 for update in summary)
+    assert [record["exit"].get("exit_code", 0) for record in log if record["type"] == "exit"] == [0]
+    (media,) = folder.glob(f"wandb/offline-run-*-{run}-*/files/media")
+    assert len(list(media.glob("images/*.png"))) == len(list(media.glob("table/*.json"))) == 1
 
 
 NOT_MADE = "W&B: missing is not logged: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.png'"
@@ -234,11 +238,11 @@ def children_of_ended(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("victim", ["lda.tracking.child", "wandb-core"])
+@pytest.mark.parametrize("victim", ["wandb-core", pytest.param("lda.tracking.child", marks=pytest.mark.slow)])
 def test_a_killed_process_costs_a_line(victim: str, tmp_path: Path) -> None:
     process = start(tmp_path)
     wait_for(lambda: bool(list(tmp_path.glob("wandb/offline-run-*/files/requirements.txt"))), process=process)
-    pid = next(pid for pid, command in children_of(process.pid) if victim in command)
+    (pid,) = [pid for pid, command in children_of(process.pid) if victim in command]
     os.kill(pid, signal.SIGKILL)
     code, lines = go(process)
     assert code == 0
@@ -253,8 +257,9 @@ def test_a_killed_run_keeps_its_log_and_leaves_no_process(tmp_path: Path) -> Non
     process.kill()
     process.communicate()
     wait_for(lambda: children_of_ended(tmp_path) == [], 20)
-    text = inspected(tmp_path)
-    assert all(f'"_step","value_json":"{step}"' in text or f'"_step":{step},' in text for step in (5, 10))
+    log = records(tmp_path)
+    assert steps(log) == [5, 10]
+    assert [record["exit"].get("exit_code", 0) for record in log if record["type"] == "exit"] == [1]
 
 
 def test_the_same_unit_of_two_studies_is_two_runs(tmp_path: Path) -> None:
@@ -270,13 +275,12 @@ def test_wandbs_own_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setenv("WANDB_ENTITY", "my-team")
     Tracker(tmp_path / "unit", "abc123", {}, RunLabels(), mode="offline").finish()
     assert log_folder(tmp_path / "unit") == tmp_path / "elsewhere" / "wandb"
-    text = inspected(tmp_path / "elsewhere")
-    assert "my-project" in text
-    assert "my-team" in text
+    (begun,) = [record["run"] for record in records(tmp_path / "elsewhere") if record["type"] == "run"]
+    assert (begun["entity"], begun["project"]) == ("my-team", "my-project")
     monkeypatch.setenv("WANDB_DIR", "/proc/nowhere")
     Tracker(tmp_path / "unit", "abc123", {}, RunLabels(), mode="offline").finish()
     assert capfd.readouterr().err.startswith("W&B: WANDB_DIR: cannot make /proc/nowhere")
-    inspected(tmp_path / "unit")
+    assert len(list(tmp_path.glob("unit/wandb/offline-run-*"))) == 1
 
 
 # --- servers that fail -----------------------------------------------------------------------------------------------
@@ -301,22 +305,21 @@ def check_uploads(folder: Path) -> None:
 
 def check_failed(folder: Path, url: str, seconds: str, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Two runs logged to a server that fails: it ends, says so once, and every row is in a log that uploads."""
-    process = start(folder, runs=2, WANDB_API_KEY=KEY, WANDB_BASE_URL=url, LDA_WANDB_SECONDS=seconds, UPLOADED="1")
+    process = start(folder, runs=2, WANDB_API_KEY=KEY, WANDB_BASE_URL=url, LDA_WANDB_SECONDS=seconds)
     meanwhile()
     code, lines = go(process)
     assert code == 0
-    (told,) = [line for line in lines if line != NOT_MADE]
-    assert told.endswith(f"logging offline in {folder}/wandb, `wandb sync` uploads later")
+    (said,) = [line for line in lines if line != NOT_MADE]
+    assert said.endswith(f"logging offline in {folder}/wandb, `wandb sync` uploads later")
     for run in ("abc123", "def456"):
         check_whole(folder, run)
-    check_uploads(folder)
     leaked = [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     assert (leaked, [line for line in lines if KEY in line]) == ([], [])
 
 
 def test_a_server_that_works(tmp_path: Path) -> None:
     with Server() as server:
-        process = start(tmp_path, runs=2, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url, UPLOADED="1")
+        process = start(tmp_path, runs=2, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
         assert go(process) == (0, [NOT_MADE, NOT_MADE])
         assert rows(server) == {"abc123": [5, 10, 15], "def456": [5, 10, 15]}
     assert list(tmp_path.glob("wandb/offline-run-*")) == []
@@ -324,6 +327,22 @@ def test_a_server_that_works(tmp_path: Path) -> None:
 
 def test_an_account_and_no_network(tmp_path: Path) -> None:
     check_failed(tmp_path, DEAD, "2")
+    check_uploads(tmp_path)
+
+
+def test_a_command_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is many processes."""
+    monkeypatch.setenv("LDA_WANDB_FAILED", "")  # and put back afterwards
+    share_failure()
+    shared = Path(os.environ["LDA_WANDB_FAILED"])
+    environment = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": DEAD, "LDA_WANDB_SECONDS": "2"}
+    _, first = go(start(tmp_path / "a", **environment))
+    reason = shared.read_text()
+    assert first[0] == f"W&B: {reason}; logging offline in {tmp_path}/a/wandb, `wandb sync` uploads later"
+    _, second = go(start(tmp_path / "b", **environment))
+    assert second[0] == f"W&B: {reason}; logging offline in {tmp_path}/b/wandb, `wandb sync` uploads later"
+    assert list(tmp_path.glob("b/wandb/run-*")) == []
+    check_whole(tmp_path / "b")
 
 
 START = 3  # requests until a run has begun

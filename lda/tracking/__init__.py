@@ -10,8 +10,9 @@ service), in the calling thread, where no timeout of its own reaches; a process 
   wandb's service, and another child logs the whole run again, offline: every run keeps its messages until it is over.
   So after any failure there is one complete offline log, which `wandb sync` uploads. (wandb's own log of an online run
   is no substitute: there is none when `init` failed, and `wandb sync` skips those of online runs.)
-- A process that failed online stays offline: one wait per command, and one per worker of a study. After an error the
-  wait for W&B is 10 s at most, for a batch job that must stop has only its grace period.
+- A process that failed online stays offline, and so do the other processes of its command (`share_failure`): one wait
+  per command. After an error, and when it is stopped, a run waits 5 s for W&B and 5 s for each attempt to log offline:
+  a worker that must stop has 20 s.
 
 Offline unless an account is configured, never a prompt. An API key stays in the environment or file where wandb finds
 it: no message, argument or configuration holds it.
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lda.errors import UsageError
-from lda.tracking.link import LinkError, Service
+from lda.tracking.link import LinkError, Service, share_failure
 from lda.tracking.modes import (
     Decision,
     account_configured,
@@ -44,10 +45,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["RunLabels", "Tracker", "account_configured", "announcement", "log_folder", "resolve_mode"]
+__all__ = ["RunLabels", "Tracker", "account_configured", "announcement", "log_folder", "resolve_mode", "share_failure"]
 
 _ATTEMPTS = 3  # to log one run: online, offline, and offline again where somebody killed that child
-_HURRY = 10.0  # seconds
+_HURRY = 5.0  # seconds for each
 
 
 @dataclass(frozen=True)
@@ -89,19 +90,18 @@ class Tracker:
             return
         self._messages = []
         self._logs = _writable(labels.folder or folder)
-        identity = f"{unit}-{hashlib.sha256(labels.group.encode()).hexdigest()[:6]}"  # stable, and apart by study
-        self._pattern = f"offline-run-*-{identity}"
-        self._before = self._named()  # of earlier commands: parts that no other log holds
+        self._id = f"{unit}-{hashlib.sha256(labels.group.encode()).hexdigest()[:6]}"  # stable, and apart by study
+        self._earlier = self._offline_logs()  # of this run before it was interrupted
         arguments = {
             "dir": str(self._logs.parent),
-            "id": identity,
+            "id": self._id,
             "group": labels.group or None,
             "job_type": labels.job_type,
             "name": labels.name or None,
             "tags": list(labels.tags),
             "config": dict(config),
         }
-        _SERVICE.begin()
+        _SERVICE.begin(decision.mode, self._logs)
         self._post("start", arguments, decision.mode)
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -124,14 +124,12 @@ class Tracker:
         """Close the run and wait, within the bound, until W&B has all of it."""
         self._post("finish", failed, wait=True, hurry=_HURRY if failed else None)
         if self._messages is not None and self._failures:
-            whole = Path(_SERVICE.folder).name
-            for name in self._named() - self._before - {whole} if whole else ():  # what the whole log repeats
-                shutil.rmtree(self._logs / name, ignore_errors=True)
+            for part in self._offline_logs() - self._earlier - {Path(_SERVICE.folder).name}:
+                shutil.rmtree(self._logs / part, ignore_errors=True)  # it is in the whole log, which uploads
         self._messages = None
 
-    def _named(self) -> set[str]:
-        """Folders of this run's offline logs."""
-        return {folder.name for folder in self._logs.glob(self._pattern)}
+    def _offline_logs(self) -> set[str]:
+        return {path.name for path in self._logs.glob(f"offline-run-*-{self._id}")}
 
     def _post(self, method: str, *content: object, wait: bool = False, hurry: float | None = None) -> None:
         """Send one message, and everything again where W&B failed."""
@@ -159,7 +157,7 @@ class Tracker:
         """The child is of no use any more: the next one logs everything again, unless this has happened too often."""
         self._failures += 1
         first = not _SERVICE.offline
-        _SERVICE.drop()
+        _SERVICE.drop(reason)
         if self._failures == _ATTEMPTS:
             self._messages = None
             _say(f"{reason}; this run goes on without it")

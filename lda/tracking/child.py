@@ -3,9 +3,9 @@
     python -m lda.tracking.child [--offline]      started by lda.tracking.link, never by hand
     python -m lda.tracking.child --ask            print how wandb would log, as JSON
 
-A message is its length (8 bytes, big endian) and a pickled pair (name of a method of _Logger, its arguments). The
-answers are lines of JSON: {"ready"} once wandb is imported, {"done"} after every message, {"problem": text} for a
-picture or table that cannot be made, {"failed": text} before it ends because wandb failed.
+A message is its length (8 bytes, big endian) and a pickled pair (name of a method of _Logger, its arguments); an empty
+one is the last. The answers are lines of JSON: {"ready"} once wandb is imported, {"done"} after every message,
+{"problem": text} for a picture or table that cannot be made, {"failed": text} before it ends because wandb failed.
 """
 
 from __future__ import annotations
@@ -118,20 +118,20 @@ def _configured() -> Any:
 
 
 def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def main(arguments: Sequence[str]) -> int:
     """0 after the last message, 1 when wandb failed."""
     parent = os.getppid()
-    incoming, outgoing = os.dup(0), os.fdopen(os.dup(1), "w")
+    incoming, outgoing = os.dup(0), os.dup(1)
     with Path(os.devnull).open("r+") as nowhere:  # wandb's own process inherits these and may outlive this one
         os.dup2(nowhere.fileno(), 0)
         os.dup2(nowhere.fileno(), 1)
 
     def report(**answer: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # nobody is there to be told; what it sent before is logged
-            print(json.dumps(answer), file=outgoing, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # the parent was killed; what it had sent is logged all the same
+            os.write(outgoing, f"{json.dumps(answer)}\n".encode())
 
     if "--ask" in arguments:
         report(**_Logger(False, report)._decision())
@@ -152,10 +152,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _messages(descriptor: int, parent: int) -> Iterator[bytes]:
-    """Every message until the parent closes the pipe or is dead (another child of its may hold the pipe open)."""
+    """Every message until the last, or until the parent is dead (another child of its may hold the pipe open)."""
     buffer = bytearray()
     while True:
         while len(buffer) >= 8 and len(buffer) >= (end := 8 + int.from_bytes(buffer[:8])):
+            if end == 8:
+                return
             yield bytes(buffer[8:end])
             del buffer[:end]
         if not select.select([descriptor], [], [], _POLL)[0]:

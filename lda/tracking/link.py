@@ -7,17 +7,21 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lda.tracking.modes import SECONDS, environment, patience
 from lda.tracking.processes import children, kill
 
 _LOCAL_PATIENCE = 120.0  # a busy disk is no stall: reading wandb's 5,000 files, writing an offline log
+_CLOSE = 5.0
+_FAILED = "LDA_WANDB_FAILED"
 _READ = ("HOME", "NETRC", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")  # by wandb, beside WANDB_*
 
 
@@ -39,8 +43,8 @@ class Link:
         self._ready = False
         self._unsent, self._received = bytearray(), b""
         self._posted = self._confirmed = 0
-        self._since = time.monotonic()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the child
+        self._since, self._full = time.monotonic(), False
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the child lives
         command = [sys.executable, "-m", "lda.tracking.child", *(["--offline"] if offline else [])]
         try:
             self._process = subprocess.Popen(
@@ -117,8 +121,10 @@ class Link:
         try:
             while self._unsent:
                 del self._unsent[: os.write(self._in, self._unsent[: 1 << 16])]
+                if self._full:  # it was: the child reads
+                    self._full, self._since = False, time.monotonic()
         except BlockingIOError:
-            return
+            self._full = True
         except BrokenPipeError:
             raise LinkError(f"its process ended{self._last_words()}") from None
 
@@ -128,10 +134,11 @@ class Link:
         return f" ({lines[-1]})" if lines else ""
 
     def close(self) -> None:
-        """Let the child end by itself, within the bound."""
-        self._process.stdin.close()  # type: ignore[union-attr]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(self._patience)
+        """Let the child end by itself, but not for long: what had to be logged was confirmed."""
+        self._unsent += bytes(8)
+        with contextlib.suppress(LinkError, subprocess.TimeoutExpired):
+            self._transmit()
+            self._process.wait(min(self._patience, _CLOSE))
         self.kill()
 
     def kill(self) -> None:
@@ -140,6 +147,28 @@ class Link:
         self._process.wait()
         for file in (self._process.stdin, self._process.stdout, self._errors):
             file.close()  # type: ignore[union-attr]
+
+
+def share_failure() -> None:
+    """From now on this process and those that it starts wait once for W&B, not once each: where one has waited in vain,
+    the next run of any of them is offline from its start."""
+    folder = tempfile.mkdtemp(prefix="lda-wandb-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[_FAILED] = str(Path(folder) / "failed")
+
+
+def failure() -> str:
+    """Why W&B has failed for another process of this command; "" where it has not."""
+    try:
+        return Path(os.environ[_FAILED]).read_text()
+    except (KeyError, OSError):
+        return ""
+
+
+def _share(reason: str) -> None:
+    if _FAILED in os.environ:
+        with contextlib.suppress(OSError):  # the command has ended, or the disk is full: then each waits
+            Path(os.environ[_FAILED]).write_text(reason)
 
 
 class Service:
@@ -164,28 +193,38 @@ class Service:
                 atexit.register(self.close)
         return self._link
 
-    def begin(self) -> None:
-        """Before a run: what W&B reads from the environment may have changed since the child was started."""
+    def begin(self, mode: str, logs: Path) -> None:
+        """Before a run: what W&B reads from the environment may have changed, another process may have waited for it.
+
+        Args:
+            logs: where the run is logged.
+        """
         now = {
             key: value for key, value in os.environ.items() if key.startswith(("WANDB_", "LDA_WANDB_")) or key in _READ
         }
         if now != self._environment:
             self.close()
             self._environment, self.offline = now, False
+        if mode != "offline" and not self.offline and (reason := failure()):
+            self.close()
+            self.offline = True
+            self._say(f"{reason}; logging offline in {logs}, `wandb sync` uploads later")
         if self._link is not None:
             self._link.folder = ""
 
     @property
     def folder(self) -> str:
-        """Where wandb writes the run that was begun last; "" where it has begun none."""
-        return "" if self._link is None else self._link.folder
+        """Where wandb writes the run that was begun last; "" until it has said so."""
+        return self._link.folder if self._link is not None else ""
 
-    def drop(self) -> None:
+    def drop(self, reason: str) -> None:
         """End a link that failed; the next one is offline."""
-        self.offline = True
-        link, self._link = self._link, None
-        if link is not None:
-            link.kill()
+        first, self.offline = not self.offline, True
+        if first and not Path(self.folder).name.startswith("offline-"):
+            _share(reason)
+        if self._link is not None:
+            self._link.kill()
+        self._link = None
 
     def close(self) -> None:
         """At the end of this process: never longer than the bound."""
