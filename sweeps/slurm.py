@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from typing import Any
 from lda.arguments import Parser, checked, output_folder, path, whole
 from lda.command import exit_code
 from lda.errors import UsageError
-from sweeps.list.storage import VARIABLE, has_password
+from sweeps.list.storage import VARIABLE, has_password, storage_url
 from sweeps.plan.study_files import study_file, study_name
 from sweeps.run import parser as run_parser
 
@@ -88,6 +89,9 @@ def _submit(given: argparse.Namespace) -> int:
     options = slurm_options(given.slurm)
     checked("--logs", output_folder, given.logs)
     checked("--output", output_folder, task.output / study)
+    storage_url(task.storage or os.environ.get(VARIABLE) or None, task.output / study)
+    if given.cluster == "slurm" and shutil.which("srun") is None:
+        raise UsageError("there is no SLURM here (no srun on PATH); --cluster local runs the tasks on this machine")
     executor = submitit.AutoExecutor(folder=given.logs, cluster=given.cluster)
     executor.update_parameters(name=f"lda-{study}", **options)
     jobs = executor.map_array(run_task, [run] * given.tasks)
