@@ -145,6 +145,7 @@ def test_folders_of_results_are_looked_at_first(
         (evaluate.main, "--checkpoint file --target PRID", "unknown data set 'PRID' (did you mean 'prid'?)"),
         (evaluate.main, "--checkpoint folder --target prid", "is a folder, expected a file; a run writes it as"),
         (step_cost.main, "--methods LDA", "unknown method 'LDA' (did you mean 'lda'?)"),
+        (step_cost.main, "--rounds 101", "--rounds: 101 need 161 steps with what comes before and after, and the settings"),
         (slurm.main, "-- --study smoke --storage journal", "there is no SLURM here"),
         (slurm.main, "-- --storage journal", "--study NAME is missing behind --"),
         (slurm.main, "--slurm partition -- --study smoke --storage journal", "expected KEY=VALUE"),

@@ -21,7 +21,7 @@ from studies import BASE, REPOSITORY
 from study_files import write_study
 
 SMALL = " ".join(f"{key}={value}" for key, value in {**BASE, "threads": 1, "milestones": ""}.items())
-PLAIN_NET = f"{SMALL} backbone=small pretrained=none"
+PLAIN_NET = f"{SMALL} backbone=small pretrained=none".replace("steps_per_epoch=4", "steps_per_epoch=61")
 TINY, TRAINED = "--data-root {world}/tiny", "--checkpoint {world}/trained/checkpoint.pt"
 
 # --- commands --------------------------------------------------------------------------------------------------------
