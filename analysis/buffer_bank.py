@@ -28,11 +28,13 @@ from analysis.bank_numbers import (
     read_bank,
 )
 from analysis.house_style import colour, marker, new_figure, save, style
+from analysis.records import tell
 from analysis.study import Study, load_study, print_name
+from analysis.text_tables import as_csv
 from lda.arguments import Parser, checked, existing_folder, output_folder, whole
 from lda.command import exit_code
-from lda.errors import UsageError, unknown
-from lda.files import atomic
+from lda.errors import FailedError, UsageError, unknown, warn
+from lda.files import atomic, damage_of_zip
 from lda.runs import BUFFER_BANK, UnitFolder, is_unit, read_unit
 
 if TYPE_CHECKING:
@@ -63,8 +65,17 @@ def open_source(run_or_study: Path, unit: str | None = None) -> Source:
             raise UsageError(f"--unit {unit}: {run_or_study} is a single run already; --unit chooses from a study")
         return _opened(run_or_study, f"run {run_or_study.resolve().name}")
     study = load_study(run_or_study)
-    folder = run_or_study / (_default_unit(study) if unit is None else _named_unit(study, unit))
-    return _opened(folder, f"study {study.name}, {folder.parent.name}")
+    tell(study.flaws)
+    if unit is not None:
+        return _opened(run_or_study / _named_unit(study, unit), f"study {study.name}, {Path(unit).parent.name}")
+    left_out = ""
+    for name in _by_preference(study):
+        folder = run_or_study / name
+        if not (damage := damage_of_zip(_bank_of(folder))):
+            return _opened(folder, f"study {study.name}, {folder.parent.name}{left_out}")
+        warn(f"left out: {_bank_of(folder)}: {damage}")
+        left_out = ", banks that are damaged left out"
+    raise FailedError(f"{run_or_study}: every {_bank_of(run_or_study).name} in it is damaged")
 
 
 def _opened(folder: Path, where: str) -> Source:
@@ -85,17 +96,15 @@ def units_with_bank(study: Study) -> dict[str, str]:
     return {f"{row.trial}/{row.unit}": row.trial for row in study.units.itertuples() if _bank_of(row.path).is_file()}
 
 
-def _default_unit(study: Study) -> str:
+def _by_preference(study: Study) -> list[str]:
+    """The units with a bank: the best trial's, the defaults', the others'. Raises UsageError where there is none."""
     banks = units_with_bank(study)
     if not banks:
         name, methods = _bank_of(study.folder).name, sorted(study.units["title"].dropna().unique())
         why = f": a run of {' or '.join(methods)} keeps no bank" if methods else " yet; a unit writes it when it ends"
         raise UsageError(f"{study.folder} holds no {name}{why}")
-    for trial in (study.best_trial(), study.default_trial()):
-        for unit, its_trial in banks.items():
-            if trial is not None and its_trial == trial["name"]:
-                return unit
-    return next(iter(banks))
+    first = [trial["name"] for trial in (study.best_trial(), study.default_trial()) if trial is not None]
+    return sorted(banks, key=lambda unit: first.index(banks[unit]) if banks[unit] in first else len(first))
 
 
 def _named_unit(study: Study, unit: str) -> str:
@@ -221,7 +230,7 @@ def write_all(source: Source, output: Path, layers: Sequence[str], channels: int
 
 def _write_csv(table: pd.DataFrame, path: Path) -> Path:
     with atomic(path) as file:
-        file.write(table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        file.write(as_csv(table, "%.6g"))
     return path
 
 

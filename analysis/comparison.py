@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from analysis.records import listed
 from analysis.study import METRIC_NAMES, Study, load_study
-from lda.errors import UsageError
+from lda.errors import FailedError, UsageError
 from lda.runs import print_method
 
 METRICS = {metric: METRIC_NAMES[metric] for metric in ("mAP", "rank1")}
@@ -26,9 +27,12 @@ AVERAGE = "average"
 CONTROL = "baseline"
 """The method that the others' gains are measured against, where a study compares several."""
 
+BASELINE = "trial-baseline"
+"""Folder of the baseline, where a study is of one method."""
+
 CONDITIONS = (
     *("data", "target_data", "selection", "inference", "average_precision", "flip_test"),
-    *("cuhk03_boxes", "cuhk03_protocol"),
+    *("cuhk03_boxes", "cuhk03_protocol", "code", "torch"),
 )
 """What must agree between numbers that are compared."""
 
@@ -56,7 +60,7 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
         test: how images are compared, and `CONDITIONS`: the conditions of the runs.
     Spreads and intervals are missing with one seed.
 
-    Raises UsageError when no configuration is complete.
+    Raises UsageError when no configuration is complete yet, FailedError when none is left of a damaged study.
     """
     study = study if isinstance(study, Study) else load_study(study)
     configurations = _configurations(study)
@@ -161,9 +165,10 @@ def _configurations(study: Study) -> list[_Configuration]:
     for fresh in (True, False):
         runs = finished[finished["confirms"].astype(bool) == fresh]
         seeds = {str(name): _complete_seeds(own, study.targets) for name, own in runs.groupby("trial")}
-        # The baseline takes no part in the search: it may have no run on the search's seed.
-        main = [(kind, trial) for kind, trial in _main_trials(study) if fresh or trial["name"] in seeds]
-        if study.record.compare:  # one that has nothing yet does not keep the others waiting
+        main = main_trials(study)
+        # The baseline takes no part in the search: it may have no run on the search's seed. And where methods are
+        # compared, one that has nothing yet does not keep the others waiting.
+        if not fresh or study.record.compare:
             main = [(kind, trial) for kind, trial in main if seeds.get(trial["name"])]
         common = set.intersection(*(seeds.get(trial["name"], set()) for _, trial in main)) if main else set()
         if common:
@@ -176,7 +181,10 @@ def _configurations(study: Study) -> list[_Configuration]:
             ]
     states = study.trials["state"].value_counts().sort_index()
     counts = ", ".join(f"{count} {state}" for state, count in states.items()) or "none started"
-    raise UsageError(f"{study.folder}: no trial has finished every target yet (trials: {counts})")
+    line = f"{study.folder}: no trial has finished every target yet (trials: {counts})"
+    if left_out := listed(study.flaws):
+        raise FailedError(f"{line}; left out: {left_out}")
+    raise UsageError(line)
 
 
 def _complete_seeds(runs: pd.DataFrame, targets: Sequence[str]) -> set[int]:
@@ -184,7 +192,8 @@ def _complete_seeds(runs: pd.DataFrame, targets: Sequence[str]) -> set[int]:
     return {seed for seed, own in runs.groupby("seed") if set(own["target"]) == set(targets)}
 
 
-def _main_trials(study: Study) -> list[tuple[str, pd.Series]]:
+def main_trials(study: Study) -> list[tuple[str, pd.Series]]:
+    """The trials that a table is about, each with its configuration (baseline, default, best)."""
     if study.record.compare:
         return [row for name in study.record.compare for row in _trials_of(study, name)]
     default = study.default_trial()
@@ -202,6 +211,39 @@ def _trials_of(study: Study, method: str) -> list[tuple[str, pd.Series]]:
     searched = trials[(trials["origin"] == "search") & (trials["state"] == "complete")]
     best = searched.sort_values("score", ascending=False, kind="stable").head(1)
     return found + [("best", trial) for _, trial in best.iterrows()]
+
+
+def confirmation(study: Study) -> dict[str, tuple[int, int]]:
+    """What should be rerun on fresh seeds (a trial's name, or a method's) -> its reruns that are finished, and all.
+
+    Empty for a study that confirms nothing. The best are those of the trials that are complete by now.
+    """
+    seeds, confirms = study.record.confirm_seeds, study.units["confirms"].astype(bool)
+    counted = study.units["finished"].astype(bool) & study.units["target"].isin(study.targets)
+    done = study.units[confirms & counted & study.units["seed"].isin(seeds)].groupby("trial").size()
+    each = len(seeds) * len(study.targets)
+    return {name: (int(done.get(name, 0)), each) for name in _to_confirm(study)} if seeds else {}
+
+
+def _to_confirm(study: Study) -> list[str]:
+    best = {"search": study.record.confirm.top, "default": 1, "baseline": 1}
+    if study.record.compare:
+        groups = {method: study.trials_of(method) for method in study.record.compare}
+        groups = {
+            method: trials[(trials["origin"] != "search") | (trials["state"] == "complete")]
+            for method, trials in groups.items()
+        }
+    else:
+        control = set(study.units.loc[~study.units["confirms"].astype(bool), "method"]) == {CONTROL}
+        groups = {} if control else {BASELINE: study.trials[study.trials["origin"] == "baseline"]}
+        groups[""] = study.trials[(study.trials["state"] == "complete") & (study.trials["origin"] != "baseline")]
+    names: list[str] = []
+    for missing, trials in groups.items():
+        ranked = trials.sort_values("score", ascending=False, kind="stable")
+        by_origin = [ranked[ranked["origin"] == origin]["name"][:count] for origin, count in best.items()]
+        found = [str(name) for names_of_one in by_origin for name in names_of_one]
+        names += found or [missing] * bool(missing)
+    return names
 
 
 def _further_trials(

@@ -25,12 +25,13 @@ from analysis.bank_numbers import choose_layers, closest_pairs, domain_distances
 from analysis.comparison import protocol_table
 from analysis.house_style import as_png, save
 from analysis.methods_figure import methods_figure
-from analysis.study import METRIC_NAMES, PARAMETER, Axis, Study, load_study, print_name
+from analysis.records import Axis, listed, tell
+from analysis.study import METRIC_NAMES, PARAMETER, Study, load_study, metrics_flaws, print_name
 from analysis.tables import conditions, data_line, render, study_grids
 from analysis.text_tables import as_html
 from lda.arguments import Parser, checked, existing_folder, output_folder
 from lda.command import exit_code
-from lda.errors import UsageError
+from lda.errors import FailedError, UsageError, warn
 from lda.files import atomic
 from lda.runs import print_method
 
@@ -82,7 +83,11 @@ def _comparison_pictures(study: Study) -> list[Picture]:
 def _bank_pictures(study: Study) -> list[Picture]:
     if not buffer_bank.units_with_bank(study):  # its methods keep none, or no unit is finished
         return []
-    source = buffer_bank.open_source(study.folder)
+    try:
+        source = buffer_bank.open_source(study.folder)
+    except FailedError as error:  # all are damaged
+        warn(str(error))
+        return []
     captions = {"buffer_bank": f"Buffer Bank statistics of the source domains: {source.title}."}
     if len(source.bank.domains) > 1:
         first, second, _ = closest_pairs(domain_distances(source.bank))[0]
@@ -128,9 +133,10 @@ def page(study: Study, figures: Sequence[Picture], today: date) -> str:
         table = protocol_table(study)
         facts = conditions(study, table)
         results = "\n".join(as_html(grid) for grid in study_grids(study, table))
-    except UsageError as error:  # a study under way is worth a page, too
+    except (UsageError, FailedError) as error:  # a study under way is worth a page, too
         facts = [("data", data_line(study.data))]
         results = f'<p class="note">{escape(str(error))}</p>'
+    facts += [("left out of curves", listed(flaws))] if (flaws := metrics_flaws(study)) else []
     facts += _provenance(study)
     return _PAGE.substitute(
         title=escape(f"{study.protocol.title}, study {study.name}"),
@@ -222,7 +228,7 @@ def write_report(study: Study, output: Path, today: date) -> Path:
             save(picture.figure, output / f"{picture.name}.{kind}")
     try:
         texts = {name: render(study, format) for name, format in TABLES.items()}
-    except UsageError:  # nothing to tabulate yet; the page says so
+    except (UsageError, FailedError):  # nothing to tabulate yet; the page says so
         texts = {}
     texts["index.html"] = page(study, figures, today)
     for name, text in texts.items():
@@ -248,6 +254,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _report(options: argparse.Namespace) -> None:
     study, today = load_study(options.study), date.today()
+    tell([*study.flaws, *metrics_flaws(study)])
     output = checked("--output", output_folder, options.output or Path("reports", f"{today.isoformat()}-{study.name}"))
     print(write_report(study, output, today))
 

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from analysis.house_style import new_figure, style
-from analysis.study import PARAMETER, Axis, Study, load_metrics, print_name
+from analysis.records import Axis
+from analysis.study import PARAMETER, Study, load_metrics, print_name
 
 CURVES = {"loss/total": "training loss", "val/mAP": "mAP on held-out sources, %", "val/oracle": "mAP on the TARGET, %"}
 """Logged scalar -> axis label, of the training curves."""

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.comparison import AVERAGE, BETWEEN, CONDITIONS, METRICS, protocol_table
+from analysis.comparison import AVERAGE, BETWEEN, CONDITIONS, METRICS, confirmation, main_trials, protocol_table
 from analysis.published import POSTER, newer_table, published_table
+from analysis.records import UNKNOWN, Flaw, listed, tell
 from analysis.study import Study, load_study, print_name
-from analysis.text_tables import Grid, as_latex, as_markdown, as_text
+from analysis.text_tables import Grid, as_csv, as_latex, as_markdown, as_text
 from lda.arguments import Parser, existing_folder, output_file
 from lda.command import exit_code
 from lda.errors import UsageError
@@ -39,7 +40,7 @@ def render(study: Study | Path, format: str = "text", published: bool = False) -
     """The study's table with its conditions, as text, Markdown, LaTeX (booktabs) or CSV.
 
     `published` adds the poster's rows, as a table of their own that says so. Raises UsageError for a study without a
-    finished trial, and for a protocol that the poster has no table for.
+    finished trial, and for a protocol that the poster has no table for; FailedError where damage left no trial.
     """
     study = study if isinstance(study, Study) else load_study(study)
     table = protocol_table(study)
@@ -47,7 +48,7 @@ def render(study: Study | Path, format: str = "text", published: bool = False) -
     if poster is not None and poster.empty:
         raise UsageError(f"--published: the poster has no table for {study.protocol.title}")
     if format == "csv":
-        return _csv(table, None if poster is None else pd.concat([poster, newer_table(study.protocol.name)]))
+        return _csv(study, table, None if poster is None else pd.concat([poster, newer_table(study.protocol.name)]))
     grids = study_grids(study, table)
     if poster is not None:
         grids += _published_grids(study, poster, newer_table(study.protocol.name))
@@ -59,7 +60,6 @@ def conditions(study: Study, table: pd.DataFrame) -> list[tuple[str, str]]:
     """What a reader must know before comparing numbers: (name, value) lines."""
     seeds, splits = int(table["seeds"].max()), int(table["splits"].max())
     usual = study.protocol.num_splits
-    fresh = "fresh, never used by the search" if table["confirmed"].all() else "the search's own, nothing is confirmed"
     each = {key: sorted({word for words in table[key] for word in words.split(BETWEEN)} - {""}) for key in CONDITIONS}
     flip = {"True": "flip test", "False": "no flip test"}
     rules = [SELECTION_RULES.get(rule, rule) for rule in each["selection"]]
@@ -67,14 +67,59 @@ def conditions(study: Study, table: pd.DataFrame) -> list[tuple[str, str]]:
         ("data", data_line(study.data)),
         *([("target images", _target_images_line(table))] if "True" in each["target_data"] else []),
         ("selection", "; ".join(rules)),
-        ("seeds", f"{seeds} per target ({fresh})"),
+        ("seeds", f"{seeds} per target ({_seeds_words(study, table)})"),
+        *_incomplete(study, table),
         *([("test splits", _splits_line(splits, usual))] if max(splits, usual) > 1 else []),
         ("inference", ", ".join([*each["inference"], *(flip[word] for word in each["flip_test"])])),
         ("CUHK03 images", f"{', '.join(each['cuhk03_boxes'])} boxes, {', '.join(each['cuhk03_protocol'])} protocol"),
         ("numbers", "percent" + (_spread_line(study) if seeds > 1 and splits == 1 else "")),
         *([("compute", f"equal {study.record.compute}")] if study.record.compare else []),
         ("mAP", f"average precision by {', '.join(each['average_precision'])}"),
+        *mixed_code(each["code"], each["torch"]),
+        *what_is_missing(study.flaws),
     ]
+
+
+def what_is_missing(flaws: Sequence[Flaw]) -> list[tuple[str, str]]:
+    """The line of what is left out; none for a study that is whole."""
+    line = listed(flaws)
+    if any(flaw.left_out and "/" not in flaw.where for flaw in flaws):
+        line += "; the best configuration may be among them"
+    return [("left out", line)] if line else []
+
+
+def mixed_code(codes: Sequence[str], torch: Sequence[str]) -> list[tuple[str, str]]:
+    """The lines of what ran, where that was not the same for all units."""
+    lines = []
+    if len(codes) > 1 or UNKNOWN in codes:
+        lines.append(("code", f"units from commits {', '.join(codes)}: not of one code"))
+    if len(torch) > 1:
+        lines.append(("torch", f"units from versions {', '.join(torch)}"))
+    return lines
+
+
+def _seeds_words(study: Study, table: pd.DataFrame) -> str:
+    if table["confirmed"].all():
+        return "fresh, never used by the search"
+    begun = any(here for here, _ in confirmation(study).values())
+    return f"the search's own, {'the confirmation is incomplete' if begun else 'nothing is confirmed'}"
+
+
+def _incomplete(study: Study, table: pd.DataFrame) -> list[tuple[str, str]]:
+    """What a reader would take for complete: the confirmation, and rows."""
+    lines = []
+    runs = confirmation(study)
+    here, planned = (sum(column) for column in zip(*runs.values(), strict=True)) if runs else (0, 0)
+    if here < planned:
+        short = ", ".join(f"{name} {own} of {each}" for name, (own, each) in runs.items() if own < each)
+        lines.append(("confirmation", f"{here} of {planned} confirmation runs are here" + f" ({short})" * (here > 0)))
+    shown = set(table["trial"])
+    lost = [
+        f"{kind} ({trial['name']})"
+        for kind, trial in main_trials(study)
+        if trial["state"] == "complete" and trial["number"] is not None and trial["name"] not in shown
+    ]
+    return lines + ([("no row", f"{', '.join(lost)}: not every target is here")] if lost else [])
 
 
 def _spread_line(study: Study) -> str:
@@ -279,9 +324,10 @@ def _gain(row: pd.Series, column: str) -> str:
     return f"{mean:+.1f}" if np.isnan(low) else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _csv(table: pd.DataFrame, published: pd.DataFrame | None) -> str:
+def _csv(study: Study, table: pd.DataFrame, published: pd.DataFrame | None) -> str:
     """Every row carries its conditions, so that none can be taken for another kind of number."""
-    rows = table
+    incomplete = "; ".join(line for _, line in _incomplete(study, table))
+    table = rows = table.assign(incomplete=incomplete, left_out=listed(study.flaws))
     if published is not None:
         where = published["source"].replace({POSTER: "the poster"})
         printed = published.assign(
@@ -289,8 +335,7 @@ def _csv(table: pd.DataFrame, published: pd.DataFrame | None) -> str:
         )
         columns = ["configuration", "label", "target", "mAP", "rank1", "data", "note"]
         rows = pd.concat([table.astype({"seeds": "Int64"}), printed[columns]])
-    text: str = rows.to_csv(index=False, float_format="%.3f", lineterminator="\n")
-    return text
+    return as_csv(rows, "%.3f")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -312,7 +357,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _tabulate(options: argparse.Namespace) -> None:
-    text = render(options.study, options.format, options.published)
+    study = load_study(options.study)
+    tell(study.flaws)
+    text = render(study, options.format, options.published)
     if options.output is None:
         print(text, end="")
     else:

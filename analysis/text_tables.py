@@ -1,4 +1,7 @@
-"""A table of text, written as plain text, Markdown, LaTeX or HTML."""
+"""A table of text, written as plain text, Markdown, LaTeX, HTML or CSV.
+
+Words come from study files, folders and methods: whatever they are, they stay words in the language written.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
+
+import pandas as pd
 
 _WIDTH = 120  # of wrapped notes, characters
 
@@ -38,8 +43,27 @@ class Grid:
         return [(upper, len(list(columns))) for upper, columns in groupby(self.columns, key=lambda column: column[0])]
 
 
+def one_line(text: str) -> str:
+    """Words without line breaks, and without what a terminal or a file cannot show."""
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))
+
+
+def _in_lines(title: str, conditions: Conditions, grids: Sequence[Grid]) -> tuple[str, Conditions, list[Grid]]:
+    return one_line(title), [(name, one_line(value)) for name, value in conditions], list(map(_grid_in_lines, grids))
+
+
+def _grid_in_lines(grid: Grid) -> Grid:
+    return Grid(
+        one_line(grid.title),
+        [(one_line(upper), one_line(lower)) for upper, lower in grid.columns],
+        [[one_line(cell) for cell in row] for row in grid.rows],
+        [one_line(note) for note in grid.notes],
+    )
+
+
 def as_text(title: str, conditions: Conditions, grids: Sequence[Grid]) -> str:
     """For a terminal: columns aligned by spaces."""
+    title, conditions, grids = _in_lines(title, conditions, grids)
     width = max(len(name) for name, _ in conditions)
     lines = [title, *(f"  {name.ljust(width)}  {value}" for name, value in conditions)]
     first = max(len(row[0]) for grid in grids for row in grid.rows)  # one left edge for all tables
@@ -74,22 +98,25 @@ def _text_rows(grid: Grid, first: int) -> list[str]:
 
 def as_markdown(title: str, conditions: Conditions, grids: Sequence[Grid]) -> str:
     """For a README or an issue: pipe tables under a list of the conditions."""
-    lines = [f"**{title}**", "", *(f"- {name}: {value}" for name, value in conditions)]
+    title, conditions, grids = _in_lines(title, conditions, grids)
+    lines = [f"**{_markdown(title)}**", "", *(f"- {name}: {_markdown(value)}" for name, value in conditions)]
     for grid in grids:
         heads = ["", *(f"{upper} {lower}".strip() for upper, lower in grid.columns)]
         rule = ["---", *("---:" for _ in grid.columns)]
-        lines += ["", *([f"**{grid.title}**", ""] if grid.title else [])]
+        lines += ["", *([f"**{_markdown(grid.title)}**", ""] if grid.title else [])]
         lines += ["| " + " | ".join(map(_markdown, row)) + " |" for row in [heads, rule, *grid.rows]]
         lines += ["", *(f"- {_markdown(note)}" for note in grid.notes)] if grid.notes else []
     return "\n".join(lines) + "\n"
 
 
 def _markdown(text: str) -> str:
-    return text.replace("*", "\\*").replace("|", "\\|").replace("_", "\\_")
+    escaped = "".join(f"\\{sign}" if sign in "\\`*_|<&~$" else sign for sign in text)
+    return escaped.replace("](", "]\\(")  # a mark in brackets is no link
 
 
 def as_latex(title: str, conditions: Conditions, grids: Sequence[Grid]) -> str:
     """For a paper: one `tabular` per table (package booktabs), the conditions typeset under the first."""
+    title, conditions, grids = _in_lines(title, conditions, grids)
     parts: list[str] = []
     for grid in grids:
         notes = [*(f"{name}: {value}" for name, value in conditions), *grid.notes] if not parts else grid.notes
@@ -113,6 +140,7 @@ def as_latex(title: str, conditions: Conditions, grids: Sequence[Grid]) -> str:
 
 def as_html(grid: Grid) -> str:
     """One `table` element; its notes follow as a list."""
+    grid = _grid_in_lines(grid)
     groups = "".join(f'<th colspan="{span}" scope="colgroup">{escape(upper)}</th>' for upper, span in grid.groups)
     heads = "".join(f'<th scope="col">{escape(lower)}</th>' for _, lower in grid.columns)
     rows = [
@@ -145,5 +173,23 @@ def _latex_groups(grid: Grid) -> list[str]:
 
 def _latex(text: str) -> str:
     escapes = {"\\": "\\textbackslash{}", "±": "$\\pm$", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    escapes |= {"<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}"}
     escapes |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    return "".join(escapes.get(sign, sign) for sign in text)
+    # After the end of a row, LaTeX takes a bracket or a star for an argument of that row.
+    return "{}" * text.startswith(("[", "*")) + "".join(escapes.get(sign, sign) for sign in text)
+
+
+def as_csv(table: pd.DataFrame, float_format: str) -> str:
+    """For a spreadsheet: quoted where the csv module does, and no word is taken for a formula."""
+    safe = table.rename(columns=_csv_cell)
+    for column in safe.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in safe.dtypes]]:
+        safe[column] = safe[column].map(_csv_cell)
+    text: str = safe.to_csv(index=False, float_format=float_format, lineterminator="\n")
+    return text
+
+
+def _csv_cell(cell: object) -> object:
+    if not isinstance(cell, str):
+        return cell
+    line = one_line(cell)
+    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line

@@ -139,14 +139,6 @@ def path(given: str) -> Path:
     return found
 
 
-def expanded(url: str) -> str:
-    """A storage's URL with `~` in its path expanded: journal:~/x, sqlite:///~/x."""
-    kind, separator, rest = url.partition("~")
-    if separator and kind in ("journal:", "sqlite:///"):
-        return f"{kind}{path(separator + rest)}"
-    return url
-
-
 def existing_folder(given: str) -> Path:
     """A folder that is there and can be read."""
     folder = path(given)

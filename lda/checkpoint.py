@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
 from lda import methods
 from lda.config import Config, from_mapping
-from lda.errors import UsageError
-from lda.files import atomic
+from lda.errors import DamagedError, UsageError
+from lda.files import atomic, damage_of_zip
 from lda.methods.base import Method
 
 _FORMAT = 2
@@ -27,6 +27,7 @@ class Checkpoint:
         seconds: wall-clock time spent on the unit so far.
         method, optimizer: state dicts.
         trained_in: folder of the unit that did the training, "" for this one.
+        rows: of metrics.jsonl before this step; None: an older version did not say.
     """
 
     unit: str
@@ -39,6 +40,7 @@ class Checkpoint:
     method: dict[str, Any]
     optimizer: dict[str, Any]
     trained_in: str = ""
+    rows: int | None = None
 
     @property
     def complete(self) -> bool:
@@ -46,26 +48,55 @@ class Checkpoint:
         return self.step == self.config.schedule.total_steps
 
     def save(self, path: Path) -> None:
-        """Write atomically: a run killed meanwhile keeps its previous checkpoint."""
+        """Write atomically: a run killed meanwhile keeps its previous checkpoint. Raises the disk's own OSError."""
         content = {**vars(self), "format": _FORMAT, "config": self.config.to_dict()}
         with atomic(path, "wb") as file:
-            torch.save(content, file)
+            sink = _Sink(file)
+            try:
+                torch.save(content, cast(IO[bytes], sink))
+            except RuntimeError:
+                if sink.error is not None:
+                    raise sink.error from None
+                raise
+
+
+class _Sink:
+    """A file that remembers what the disk answered: torch makes a RuntimeError of it that says nothing."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read a checkpoint. Raises UsageError when it is missing, damaged, or not of this version."""
+    """Read a checkpoint. Raises DamagedError when it is missing or damaged, UsageError when not of this version."""
     if not path.is_file():
-        raise UsageError(f"checkpoint {str(path)!r} is not a file; a run writes it as <run folder>/checkpoint.pt")
+        raise DamagedError(f"checkpoint {str(path)!r} is not a file; a run writes it as <run folder>/checkpoint.pt")
+    if reason := damage_of_zip(path):
+        raise DamagedError(f"checkpoint {str(path)!r} cannot be read ({reason}); it may be truncated")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a file that is damaged or no checkpoint
+    except Exception as error:  # torch raises half a dozen types for a file that is no checkpoint
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"checkpoint {str(path)!r} cannot be read ({reason}); it may be truncated") from error
+        raise DamagedError(f"checkpoint {str(path)!r} cannot be read ({reason}); it may be truncated") from error
     found = content.pop("format", None) if isinstance(content, dict) else None
     if found != _FORMAT:
         whose = f"was written by an older version (format {found})" if isinstance(found, int) else "is none of ours"
         raise UsageError(f"checkpoint {str(path)!r} {whose}; this version reads format {_FORMAT}")
-    return Checkpoint(**{**content, "config": from_mapping(content["config"])})
+    try:
+        return Checkpoint(**{**content, "config": from_mapping(content["config"])})
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"checkpoint {str(path)!r} is of another version of this software ({error})") from None
 
 
 def load_method(checkpoint: Checkpoint, config: Config | None = None) -> Method:

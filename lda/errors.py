@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 _LISTED = 15  # more choices than a line holds are not listed
 
@@ -12,8 +16,34 @@ class UsageError(ValueError):
     """A mistake of the user (argument, study file, data folder). Commands print its message and exit with 2."""
 
 
+class DamagedError(UsageError):
+    """A file that is not what was written: missing, empty, torn, truncated, zeroed, or no file. Whoever has other files
+    to read warns of it and goes on without it."""
+
+
+class FolderInUseError(UsageError):
+    """Another process works in this folder.
+
+    Attributes:
+        folder: the folder.
+        host, pid: of the other process; "" and 0 where it has not said so yet.
+    """
+
+    def __init__(self, folder: Path, host: str = "", pid: int = 0) -> None:
+        self.folder, self.host, self.pid = folder, host, pid
+        who = f"process {pid} on {host}" if pid else "another process"
+        super().__init__(f"{folder} is in use by {who}; wait until it has ended, stop it, or give another --output")
+
+
 class FailedError(RuntimeError):
     """What was asked for cannot be done, through no mistake of the user. Commands print its message and exit with 1."""
+
+
+@functools.cache
+def warn(text: str) -> None:
+    """Say `warning: text` in one line on stderr, the same text once a process."""
+    with contextlib.suppress(OSError):  # stderr may be a log on a full disk: no reason to end what goes on
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def unknown(what: str, value: object, choices: Iterable[str]) -> str:

@@ -32,11 +32,12 @@ import math
 from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lda.errors import UsageError, unknown
@@ -475,6 +476,8 @@ def _check_block(block: Tensor, rows: slice, columns: slice) -> None:
 
 def _check_encodings(query: Tensor, gallery: Tensor) -> None:
     for name, encodings in (("query", query), ("gallery", gallery)):
+        if not isinstance(encodings, Tensor):
+            raise UsageError(f"{name}: expected a tensor of features, got {type(encodings).__name__}")
         if encodings.ndim < 2 or not encodings.is_floating_point():
             got = f"{encodings.dtype} of shape {tuple(encodings.shape)}"
             raise UsageError(f"{name}: expected (N, D) floats, or (N, ...) floats of a scorer of maps, got {got}")
@@ -488,13 +491,39 @@ def _check_encodings(query: Tensor, gallery: Tensor) -> None:
 
 
 def _ids(name: str, values: Sized, number: int | None = None) -> Tensor:
-    """Ids on the CPU, (number,); without a number, of any length."""
-    ids = torch.as_tensor(values, device="cpu")
+    """Ids on the CPU, (number,); without a number, of any length. All integers become int64: in the eight bits of uint8
+    a person 255 is `JUNK_PID`."""
+    ids = _integers(name, values)
     if number is None and ids.ndim != 1:
         raise UsageError(f"{name}: expected a list of ids, one per image, got shape {tuple(ids.shape)}")
     if number is not None and ids.shape != (number,):
         raise UsageError(f"{name}: expected {number} ids, one per image, got shape {tuple(ids.shape)}")
     return ids
+
+
+def _integers(name: str, values: object) -> Tensor:
+    """A tensor, array or sequence of whole numbers as int64. Raises UsageError for anything else."""
+    if isinstance(values, Tensor):
+        plain = not (values.is_floating_point() or values.is_complex() or values.is_quantized)
+        array = values.detach().cpu().numpy() if plain else np.empty(values.numel())
+    else:
+        try:
+            array = np.asarray(values)
+        except (TypeError, ValueError):  # rows of different lengths
+            array = np.empty(1, object)
+    if array.dtype.kind not in "iu" and array.size:  # of nothing, any kind
+        raise UsageError(
+            f"{name}: expected whole numbers (a tensor, array or list of integers), got {_told(values, array)}"
+        )
+    if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
+        raise UsageError(f"{name}: expected ids below 2^63, got {int(array.max())}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _told(values: object, array: NDArray[Any]) -> str:
+    if isinstance(values, Tensor):
+        return f"a tensor of {values.dtype}"
+    return f"{type(values).__name__} of {'mixed values' if array.dtype.kind == 'O' else array.dtype}"
 
 
 def _no_valid_query(q_pids: Tensor, g_pids: Tensor, camera_rule: bool) -> str:

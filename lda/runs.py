@@ -1,10 +1,11 @@
 """The folder of one unit: the truth about a run, as files. W&B and Optuna are views of it.
 
 config.json: {"format": 2, "unit": hash, "training": hash, "config": {flat settings}}
-env.json: commit, dirty flag, versions, host, device, command
+env.json: hash of the code, commit, dirty flag, versions, host, device, command
 metrics.jsonl: one line per logged step, append-only
 checkpoint.pt: the newest complete state
 result.json: {"format": 2} and the fields of `Result`; written last: a unit that has it is finished and never runs again
+.lock: of the process that works here, while it does
 <name>.npz: what the method keeps beside it. buffer_bank.npz, of methods with a Buffer Bank: "domains" (K,), "layers"
     (L,); per layer of C channels "mean/<layer>" (K, C), "var/<layer>" (K, C) and "count/<layer>" (K,), the updates
 
@@ -15,12 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
+import itertools
 import json
+import os
 import platform
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -29,8 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from lda.errors import UsageError, unknown
-from lda.files import atomic, read_json, write_json
+from lda.code import this_code
+from lda.errors import DamagedError, UsageError, unknown, warn
+from lda.files import atomic, damage_of_zip, held, read_json, remove_leftovers, sync_file, write_json
 from lda.settings import explained
 
 FORMAT = 2
@@ -41,11 +44,11 @@ ENVIRONMENT = "env.json"
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.pt"
 RESULT = "result.json"
+_FILES = (CONFIG, ENVIRONMENT, METRICS, CHECKPOINT, RESULT, "*.npz")
 
 BUFFER_BANK = "buffer_bank"
 """Under this name a method keeps its Buffer Bank."""
 
-_PACKAGES = ("lda-reid", "torch", "torchvision", "numpy", "pillow", "wandb", "optuna")
 _T = TypeVar("_T")
 _own_keys_only = with_config(ConfigDict(extra="forbid"))
 
@@ -232,17 +235,43 @@ class UnitFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the unit has its result."""
-        return (self.path / RESULT).is_file()
+        """Whether the unit has its result. One that is damaged is none."""
+        return self._result_content() is not None
 
     def result(self) -> Result | None:
-        """The finished unit's result, None while it is unfinished."""
-        return Result.read(self.path) if self.finished else None
+        """The finished unit's result, None while it is unfinished; a damaged one is warned of, and none.
+
+        Raises UsageError for a result of another format.
+        """
+        return None if self._result_content() is None else Result.read(self.path)
+
+    def _result_content(self) -> dict[str, Any] | None:
+        path = self.path / RESULT
+        if not os.path.lexists(path):
+            return None
+        try:
+            return read_json(path)
+        except DamagedError as error:
+            warn(f"{error}; the unit counts as unfinished")
+            return None
 
     def rows(self) -> list[dict[str, Any]]:
-        """What metrics.jsonl says so far."""
-        path = self.path / METRICS
-        return read_metrics(path) if path.exists() else []
+        """What metrics.jsonl says so far. A file that cannot be read is warned of and says nothing."""
+        return read_metrics(self.path / METRICS) if os.path.lexists(self.path / METRICS) else []
+
+    def first_rows(self, number: int) -> list[dict[str, Any]] | None:
+        """The first rows of metrics.jsonl; None where not all of them are there and whole."""
+        try:
+            found = _lines(self.path / METRICS)[:number]
+        except OSError:
+            return [] if number == 0 else None
+        rows = [row for row in found if row is not None]
+        return rows if len(rows) == number else None
+
+    def damaged_kept(self) -> list[str]:
+        """A line for every file of what the method keeps that cannot be read, naming it and what is wrong."""
+        damages = {path: damage_of_zip(path) for path in sorted(self.path.glob("*.npz"))}
+        return [f"{path}: {damage}" for path, damage in damages.items() if damage]
 
 
 @dataclass(frozen=True)
@@ -294,22 +323,49 @@ def read_unit(folder: Path) -> Unit:
     return Unit(files, known.unit, known.training, known.config, **vars(named), result=files.result())
 
 
+def unit_of(folder: Path) -> str:
+    """The hash of a unit; "" for a folder whose config.json cannot be read, or is of another version."""
+    return _hash_of(folder, "unit")
+
+
 def training_of(folder: Path) -> str:
     """The training hash of a unit; "" for a folder whose config.json cannot be read, or is of another version."""
+    return _hash_of(folder, "training")
+
+
+def _hash_of(folder: Path, key: Literal["unit", "training"]) -> str:
     try:
-        return read_record(folder / CONFIG, _ConfigFile).training
+        return str(getattr(read_record(folder / CONFIG, _ConfigFile), key))
+    except DamagedError as error:
+        warn(f"{error}; {folder} is passed over")
     except UsageError:
-        return ""
+        pass  # another version's, which is no damage
+    return ""
 
 
 def is_unit(folder: Path) -> bool:
-    """Whether this is the folder of a unit."""
-    return (folder / CONFIG).is_file()
+    """Whether this is the folder of a unit; one that lost its config.json is one too, or it would vanish unseen."""
+    return any(os.path.lexists(folder / name) for name in (CONFIG, CHECKPOINT, RESULT))
 
 
 def unit_folders(parent: Path) -> list[Path]:
     """The folders of units right under `parent` (a trial's folder), by name."""
-    return sorted(path.parent for path in parent.glob(f"*/{CONFIG}"))
+    return sorted(filter(is_unit, parent.glob("*")))
+
+
+def is_finished(folder: Path, unit: str) -> bool:
+    """Whether the folder holds the result of the unit of this hash, and it can be read."""
+    try:
+        result = UnitFolder(folder).result()
+    except UsageError:
+        return False
+    return result is not None and result.unit == unit
+
+
+def record_files(folder: Path) -> list[Path]:
+    """What tells of a finished unit, its weights apart: the files that are there."""
+    named = [folder / name for name in (CONFIG, ENVIRONMENT, METRICS, RESULT)]
+    return [path for path in (*named, *sorted(folder.glob("[!.]*.npz"))) if path.is_file()]
 
 
 def finished(folder: Path) -> bool:
@@ -321,40 +377,89 @@ def finished(folder: Path) -> bool:
 
 
 class RunFolder(UnitFolder):
-    """The folder of a unit that runs.
+    """The folder of a unit that runs: asked for its result, and `owned` to write into it.
 
     Args:
         unit, training: hashes; see `Result`.
         settings: flat, plain JSON types.
 
-    Raises UsageError when the folder holds another unit's files: a folder never mixes two configurations.
+    Attributes:
+        anonymous: no config.json that can be read said whose folder it is when it was taken.
     """
 
     def __init__(self, path: Path, unit: str, training: str, settings: Mapping[str, Any]) -> None:
         super().__init__(path)
-        self.unit, self.training = unit, training
-        if is_unit(path):
-            self._check_same(read_record(path / CONFIG, _ConfigFile), settings)
-        content = {"format": FORMAT, "unit": unit, "training": training, "config": dict(settings)}
-        write_json(path / CONFIG, content)
+        self.unit, self.training, self._settings = unit, training, settings
+        self.anonymous = False
+        self._logged = 0
 
-    def _check_same(self, theirs: _ConfigFile, settings: Mapping[str, Any]) -> None:
-        if theirs.unit == self.unit:
-            return
-        every = {**settings, **theirs.config}
-        keys = [key for key in every if theirs.config.get(key) != settings.get(key)] or ["the data"]
-        raise UsageError(
-            f"{self.path} holds another run (unit {theirs.unit}, this is {self.unit}); they differ in: "
-            f"{', '.join(keys)}. Choose another --output or remove that folder"
-        )
+    def known_result(self) -> Result | None:
+        """The result, where the folder is known to be this unit's and has one.
+
+        Raises UsageError when the folder holds another unit's files: it never mixes two configurations.
+        """
+        return self.own_result() if self._check_config() else None
+
+    def own_result(self) -> Result | None:
+        """The result, None while there is none. Raises UsageError for another unit's."""
+        result = self.result()
+        if result is not None:
+            self.check_hash(result.unit)
+        return result
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Let no other process write here meanwhile, and put in order what damage and killed processes left.
+
+        Raises FolderInUseError naming the process that does, and UsageError as `known_result`.
+        """
+        if self.path.is_symlink() and not self.path.exists():
+            warn(f"{self.path} is a link to a folder that is gone; removed, the unit runs here")
+            self.path.unlink()
+        with held(self.path):
+            remove_leftovers(self.path, _FILES)
+            for name in _FILES:
+                for path in self.path.glob(name):
+                    _move_aside(path)
+            self.anonymous = not self._check_config()
+            yield
+
+    def _check_config(self) -> bool:
+        """Whether config.json says that the folder is this unit's. Raises UsageError when it is another's."""
+        path = self.path / CONFIG
+        if not os.path.lexists(path):
+            return False
+        try:
+            theirs = read_record(path, _ConfigFile)
+        except DamagedError as error:
+            warn(f"{error}; it is made again")
+            return False
+        every = {**self._settings, **theirs.config}
+        keys = [key for key in every if theirs.config.get(key) != self._settings.get(key)] or ["the data"]
+        self.check_hash(theirs.unit, f"; they differ in: {', '.join(keys)}")
+        return True
+
+    def check_hash(self, theirs: str, more: str = "") -> None:
+        """Raises UsageError where this is not the unit's hash."""
+        if theirs != self.unit:
+            raise UsageError(
+                f"{self.path} holds another run (unit {theirs}, this is {self.unit}){more}. Choose another --output or "
+                "remove that folder"
+            )
+
+    def write_config(self) -> None:
+        """Say whose folder it is."""
+        content = {"format": FORMAT, "unit": self.unit, "training": self.training, "config": dict(self._settings)}
+        write_json(self.path / CONFIG, content)
 
     def write_environment(self, device: str) -> None:
         """Say where and by what command the unit runs."""
         write_json(self.path / ENVIRONMENT, environment(device))
 
     def write_result(self, result: Result) -> None:
-        """Finish the unit."""
+        """Finish the unit; whatever it consists of is on the disk before."""
         assert (result.unit, result.training) == (self.unit, self.training), "a result lies in its own unit's folder"
+        self.sync_rows()
         result.write(self.path)
 
     def keep(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -363,25 +468,30 @@ class RunFolder(UnitFolder):
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl and flush it."""
+        """Append one line to metrics.jsonl and flush it; `sync_rows` brings it to the disk."""
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        self._logged += 1
 
-    def rewind(self, step: int, last: bool = False) -> None:
-        """Drop what metrics.jsonl says after `step` (a resumed run writes it again), and a half-written last line.
-
-        `last`: the step is the run's last one, whose validation is made again too.
-        """
-        if (self.path / METRICS).exists():
-            rows = self.rows()
-            self.replace_rows(
-                [row for row in rows if row["step"] < step or (row["step"] == step and (not last or "lr" in row))]
-            )
+    def sync_rows(self) -> int:
+        """Bring metrics.jsonl to the disk: before a checkpoint that goes on from here. Returns its number of rows."""
+        sync_file(self.path / METRICS)
+        return self._logged
 
     def replace_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Make metrics.jsonl say this."""
+        """Make metrics.jsonl say this: the rows before the step from which the unit goes on."""
         with atomic(self.path / METRICS) as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._logged = len(rows)
+
+
+def _move_aside(path: Path) -> None:
+    """Make room for a file where a folder stands, which may hold anything."""
+    if path.is_dir() and not path.is_symlink():
+        others = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+        other = next(other for other in others if not os.path.lexists(other))
+        path.rename(other)
+        warn(f"{path} is a folder where a file belongs; it is {other.name} now")
 
 
 # --- files into records ----------------------------------------------------------------------------------------------
@@ -390,7 +500,8 @@ class RunFolder(UnitFolder):
 def read_record(path: Path, kind: type[_T]) -> _T:
     """A JSON file of this format as a record (a dataclass).
 
-    Raises UsageError naming the file: missing, damaged, of another format, or with a key that is missing or wrong.
+    Raises DamagedError naming the file where it is missing or damaged, and UsageError where it is of another format, or
+    has a key that is missing or wrong.
     """
     content = read_json(path)
     found = content.pop("format", 1)
@@ -433,25 +544,42 @@ def _keys(kind: Any, location: Sequence[str]) -> list[str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. A killed run may leave a half-written last line: it is left out."""
-    rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise UsageError(f"{path}: line {number} is not valid JSON") from None
-    return rows
+    """The rows of a metrics.jsonl. Lines that are damaged are warned of and left out, as is a file that cannot be read;
+    a last line without its end is what a killed run leaves, and left out without a word."""
+    try:
+        found = _lines(path)
+    except OSError as error:
+        warn(f"{path}: expected lines of JSON: {error}; left out")
+        return []
+    bad = [str(number) for number, row in enumerate(found, start=1) if row is None]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        warn(f"{path}: line {', '.join(bad[:5])}{more}: expected a JSON object with a step; left out")
+    return [row for row in found if row is not None]
+
+
+def _lines(path: Path) -> list[dict[str, Any] | None]:
+    """What every line that has its end says; None for one that is damaged."""
+    return [_row(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def environment(device: str) -> dict[str, Any]:
     """What a run can name of its parents: code, versions, machine, command."""
+    code = this_code()
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "code": code.digest,
+        "commit": code.commit,
+        "dirty": code.dirty,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": code.versions,
         "host": platform.node(),
         "platform": platform.platform(),
         "device": device,
@@ -460,33 +588,10 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def made_by_this_code(folder: Path) -> bool:
-    """Whether a unit's env.json names this commit and these package versions; False where that cannot be known."""
+    """Whether a unit's env.json names this very code and these package versions; False where that cannot be known."""
     try:
-        then, now = read_json(folder / ENVIRONMENT), environment("")
-    except UsageError:
+        then, code = read_json(folder / ENVIRONMENT), this_code()
+    except UsageError as error:
+        warn(f"{error}; what code made the unit is not known")
         return False
-    known = bool(now["commit"]) and not now["dirty"] and then.get("dirty") is False
-    return known and all(then.get(key) == now[key] for key in ("commit", "versions"))
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _git(*arguments: str) -> str:
-    """Output of git in the source tree, empty where there is no git or no repository."""
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return then.get("code") == code.digest and then.get("versions") == code.versions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +47,18 @@ class Evaluation:
 class Evaluator:
     """The splits of one target, whose images are packed once and evaluated as often as wanted.
 
-    Every image is encoded once, however many splits use it.
+    Every image is encoded once, however many splits use it. `check` is called before every batch of images and every
+    block of scores; what it raises ends the evaluation.
     """
 
-    def __init__(self, splits: Sequence[EvaluationSet], config: Config, device: torch.device) -> None:
-        self.splits, self.test, self.device = splits, config.test, device
+    def __init__(
+        self,
+        splits: Sequence[EvaluationSet],
+        config: Config,
+        device: torch.device,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.splits, self.test, self.device, self._check = splits, config.test, device, check
         self._batch = config.machine.evaluation_batch
         records = [record for split in splits for record in (*split.query, *split.gallery)]
         self._records = list({record.path: record for record in records}.values())
@@ -101,6 +108,7 @@ class Evaluator:
     def _unlabelled(self, rows: Sequence[int], side: Side) -> Iterator[TargetImages]:
         """What a method may see of the target: no identity is among it."""
         for start in range(0, len(rows), self._batch):
+            self._check()
             part = rows[start : start + self._batch]
             images = normalise(self._images.batch(np.array(part)).to(self.device))
             camids = [self._records[row].camid if self.splits[0].camera_rule else 0 for row in part]
@@ -108,7 +116,7 @@ class Evaluator:
 
     def _ranking(self, split: EvaluationSet, encodings: Tensor, scorer: Scorer) -> RankingResult:
         ranking = rank_encodings(
-            scorer,
+            _CheckedScorer(scorer, self._check),
             encodings[[self._row[record.path] for record in split.query]],
             encodings[[self._row[record.path] for record in split.gallery]],
             [record.pid for record in split.query],
@@ -134,6 +142,7 @@ class Evaluator:
             raise UsageError(f"flip_test: encodings of {method.title} cannot be added; set flip_test=false")
         found: list[Tensor] = []
         for start in range(0, len(rows), self._batch):
+            self._check()
             images = normalise(self._images.batch(np.array(rows[start : start + self._batch])).to(self.device))
             with forward_context(self.device):
                 output = method.encode(images)
@@ -141,6 +150,21 @@ class Evaluator:
                     output = output + method.encode(images.flip(3))
             found.append(output.float())
         return torch.cat(found)
+
+
+class _CheckedScorer:
+    """The scorer, with a call before every block of scores."""
+
+    def __init__(self, scorer: Scorer, check: Callable[[], None]) -> None:
+        self._scorer, self._check = scorer, check
+        self.tie, self.pairs_per_block = scorer.tie, scorer.pairs_per_block
+        self.adds_flip, self.pair_cost = scorer.adds_flip, scorer.pair_cost
+        self.prepare = scorer.prepare
+
+    def scores(self, query: Tensor, gallery: Tensor) -> Tensor:
+        """See `Scorer`."""
+        self._check()
+        return self._scorer.scores(query, gallery)
 
 
 def check_target(method: Method, splits: Sequence[EvaluationSet]) -> None:

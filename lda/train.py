@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,7 +18,7 @@ from lda.command import exit_code, openmp_threads
 from lda.data.cache import check_cache
 from lda.errors import UsageError
 from lda.protocols import PROTOCOLS, get_protocol
-from lda.runs import print_method
+from lda.runs import UnitFolder, print_method
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -64,7 +66,30 @@ def resolve(options: argparse.Namespace) -> configs.Config:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m lda.train`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
-    return exit_code(lambda: _run(parse_arguments(arguments)))
+    with _signals_interrupt():
+        return exit_code(lambda: _run(parse_arguments(arguments)))
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP interrupt as Ctrl-C does, and whichever comes second ends the process at once. What the parent
+    chose to ignore (nohup, a shell's background) stays ignored."""
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    found = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -87,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
         try:
             result = run_unit(config, folder, data_root=options.data_root, on_progress=show)
         except KeyboardInterrupt:
-            print(f"interrupted; the same command goes on from {folder / 'checkpoint.pt'}", file=sys.stderr)
+            print(f"interrupted; {_how_it_goes_on(folder)}", file=sys.stderr)
             return 130
     name = print_method(result.title, result.reconstructed, result.target_data)
     pairs = f"{result.cost.pair_cost:,} multiply-adds a pair" if result.cost.pair_cost else ""
@@ -98,6 +123,17 @@ def _run(options: argparse.Namespace) -> int:
         f"Rank-1 {100 * result.rank1:.1f}; {result.selection.rule} {100 * result.selection.score:.1f}; {folder}"
     )
     return 0
+
+
+def _how_it_goes_on(folder: Path) -> str:
+    from lda.checkpoint import read_checkpoint
+
+    path = UnitFolder(folder).checkpoint
+    try:
+        saved = read_checkpoint(path)
+    except (UsageError, OSError):
+        return "nothing is kept yet: the same command starts anew"
+    return f"the same command goes on from step {saved.step} of {saved.config.schedule.total_steps} ({path})"
 
 
 if __name__ == "__main__":

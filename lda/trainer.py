@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
 import numpy as np
@@ -49,11 +49,13 @@ class Trainer:
     """A method, its optimiser and its batches; knows how to go on from a checkpoint.
 
     Everything random is a pure function of (seed, step), so a run that goes on from step t equals one that never
-    stopped.
+    stopped. `check` is called before every batch of a look at the sources; what it raises ends the run.
     """
 
-    def __init__(self, config: Config, task: Task, device: torch.device) -> None:
-        self.config, self.task, self.device = config, task, device
+    def __init__(
+        self, config: Config, task: Task, device: torch.device, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.config, self.task, self.device, self._check = config, task, device, check
         self.step = 0
         num_ids = [source.num_ids for source in task.sources]
         self.method = methods.build(config.method, config.setup(num_ids)).to(device).train()
@@ -90,8 +92,13 @@ class Trainer:
         """Let the method look at all source images."""
         clean = CleanImages(self.task.sources, self.packed, self.config.machine.evaluation_batch)
         with forward_context(self.device):
-            self.method.prepare(self._placed(batch) for batch in clean)
+            self.method.prepare(self._checked(clean))
         self.method.train()
+
+    def _checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self._check()
+            yield self._placed(batch)
 
     def _placed(self, batch: Batch) -> Batch:
         return batch._replace(
@@ -126,8 +133,8 @@ class Trainer:
             if not bool(values.isfinite().all()):
                 raise TrainingError(f"{name} is not finite after step {self.step}; {_REMEDY}")
 
-    def checkpoint(self, unit: str, training: str, seconds: float = 0.0) -> Checkpoint:
-        """The state after the last step."""
+    def checkpoint(self, unit: str, training: str, seconds: float = 0.0, rows: int = 0) -> Checkpoint:
+        """The state after the last step; `rows` of metrics were logged before."""
         return Checkpoint(
             unit=unit,
             training=training,
@@ -138,6 +145,7 @@ class Trainer:
             seconds=seconds,
             method=self.method.state_dict(),
             optimizer=self.optimizer.state_dict(),
+            rows=rows,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:

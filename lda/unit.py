@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +17,14 @@ from lda.config import Config
 from lda.data.sources import Task, build_task
 from lda.data.standin.tree import ensure_standin
 from lda.device import choose_device
-from lda.errors import UsageError
-from lda.runs import Content, Cost, Result, RunFolder, Selection, Split, UnitFolder
+from lda.errors import DamagedError, UsageError, warn
+from lda.runs import METRICS, Content, Cost, Result, RunFolder, Selection, Split, UnitFolder
 from lda.testing import Evaluation, Evaluator, check_target, chosen_splits, metrics
 from lda.tracking import RunLabels, Tracker
 from lda.trainer import Trainer
+
+SPEED = "images_per_second"
+"""Training throughput in a row of metrics."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,24 @@ def run_unit(
     *,
     data_root: Path | None = None,
     labels: RunLabels | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    check: Callable[[], None] = lambda: None,
     trained: Sequence[Path] = (),
 ) -> Result:
     """Run one unit to its end in `folder`, going on from its checkpoint, and return what result.json says.
 
-    A finished unit is returned at once. Without `data_root` it runs on the stand-in, generated on first use. An
-    exception raised by `on_progress` ends the run and passes through; the checkpoint stays.
+    A finished unit is returned at once. Without `data_root` it runs on the stand-in, generated on first use. Files that
+    are damaged are warned of and made again; it may mean that the unit starts again.
+
+    `on_progress` is called after every training step, `check` more often: also before every batch of an evaluation and
+    before a checkpoint or result is written. An exception raised by either ends the run and passes through; the
+    checkpoint stays. That of an epoch is written before its validation, which a run that goes on makes again.
 
     `trained`: folders of other units. Where one holds a finished training with this unit's training hash, as the
     targets of Protocol-1 do, which share their sources, it is taken over instead of being repeated.
 
-    Raises UsageError for bad data or settings, TrainingError for a loss that is not finite.
+    Raises UsageError for bad data or settings and for a folder that is another unit's, FolderInUseError (a UsageError)
+    while another process works there, TrainingError for a loss that is not finite, OSError for a disk that refuses.
     """
     device = choose_device(config.machine)
     task = build_task(
@@ -72,48 +81,106 @@ def run_unit(
     training = config.training_hash(task.content.sources)
     unit = config.unit_hash(task.content.sources, task.content.target)
     run = RunFolder(folder, unit, training, config.to_dict())
-    finished = run.result()
-    if finished is not None:
-        return finished
-    run.write_environment(str(device))
-    _take_over(run, config, trained)
-    labels = labels or RunLabels(name=f"{config.method.name}-{config.run.target}-s{config.run.seed}")
-    details = {
-        **config.to_dict(),
-        "data": task.content.kind,
-        "sources": [source.name for source in task.sources],
-        "versions": task.versions,
-    }
-    tracker = Tracker(folder, unit, details, labels, config.machine.wandb)
+    result = run.known_result()
+    if result is not None and not run.damaged_kept():
+        return result
+    with run.owned():
+        result = run.own_result()
+        saved = _saved(run, device) if result is None else None
+        run.write_config()
+        if result is not None:
+            _mend_kept(run, config, task, device)
+            return result
+        run.write_environment(str(device))
+        saved = saved or _take_over(run, config, device, trained)
+        labels = labels or RunLabels(name=f"{config.method.name}-{config.run.target}-s{config.run.seed}")
+        details = {
+            **config.to_dict(),
+            "data": task.content.kind,
+            "sources": [source.name for source in task.sources],
+            "versions": task.versions,
+        }
+        tracker = Tracker(folder, unit, details, labels, config.machine.wandb)
+        try:
+            result = _Unit(config, task, device, run, tracker, on_progress, check).complete(saved)
+        except BaseException:
+            tracker.finish(failed=True)
+            raise
+        tracker.finish()
+        return result
+
+
+def _saved(run: RunFolder, device: torch.device) -> Checkpoint | None:
+    """The unit's checkpoint, None where it starts anew. Raises UsageError where the folder is another's."""
+    if not os.path.lexists(run.checkpoint):
+        return None
     try:
-        result = _Unit(config, task, device, run, tracker, on_progress or (lambda progress: None)).complete()
-    except BaseException:
-        tracker.finish(failed=True)
-        raise
-    tracker.finish()
-    return result
+        saved = read_checkpoint(run.checkpoint, device)
+        if run.anonymous:
+            run.check_hash(saved.unit)
+        elif saved.unit != run.unit:
+            raise UsageError(f"{run.checkpoint} is of another unit, {saved.unit}")
+        _rows_before(run, saved)
+    except UsageError as error:
+        if run.anonymous and not isinstance(error, DamagedError):
+            raise
+        warn(f"{error}; starting the unit again")
+        return None
+    return saved
 
 
-def _take_over(run: RunFolder, config: Config, trained: Sequence[Path]) -> None:
+def _rows_before(folder: UnitFolder, saved: Checkpoint) -> list[dict[str, Any]]:
+    """The rows of metrics before a checkpoint. Raises DamagedError where not all of them are there, for they hold every
+    step once or the training is not what it says."""
+    if saved.rows is None:
+        raise DamagedError(f"{folder.checkpoint} was written by an older version, which did not count its metrics")
+    rows = folder.first_rows(saved.rows)
+    if rows is None:
+        raise DamagedError(f"{folder.path / METRICS} lacks some of its {saved.rows} rows before step {saved.step}")
+    return rows
+
+
+def _take_over(run: RunFolder, config: Config, device: torch.device, trained: Sequence[Path]) -> Checkpoint | None:
     """Copy checkpoint and metrics of a finished training that is this unit's."""
-    if config.selection.selection == "oracle" or run.checkpoint.exists():
-        return  # oracle validates on its own target while it trains
+    if config.selection.selection == "oracle":
+        return None  # it validates on its own target while it trains
     for folder in trained:
         theirs = UnitFolder(folder)
         if folder == run.path or not theirs.checkpoint.exists():
             continue
         try:
-            saved = read_checkpoint(theirs.checkpoint)
-            rows = theirs.rows()
+            saved = read_checkpoint(theirs.checkpoint, device)
+            if saved.training != run.training or not saved.complete:
+                continue
+            rows = _rows_before(theirs, saved)
         except (UsageError, OSError) as error:
-            print(f"warning: {error}; training again", file=sys.stderr)
+            warn(f"{error}; its training is not taken over")
             continue
-        if saved.training == run.training and saved.complete:
-            run.replace_rows(rows)
-            trained_in = saved.trained_in or "/".join(folder.resolve().parts[-3:])
-            own = replace(saved, unit=run.unit, config=config, seconds=0.0, trained_in=trained_in)
-            own.save(run.checkpoint)
-            return
+        run.replace_rows(rows)
+        trained_in = saved.trained_in or "/".join(folder.resolve().parts[-3:])
+        own = replace(saved, unit=run.unit, config=config, seconds=0.0, trained_in=trained_in)
+        own.save(run.checkpoint)
+        return own
+    return None
+
+
+def _mend_kept(run: RunFolder, config: Config, task: Task, device: torch.device) -> None:
+    """Make again, from the checkpoint, what the method of a finished unit keeps and a damaged disk does not."""
+    damages = "; ".join(run.damaged_kept())
+    if not damages:
+        return
+    try:
+        saved = read_checkpoint(run.checkpoint, device)
+        if saved.unit != run.unit or not saved.complete:
+            raise UsageError(f"{run.checkpoint} is not what its training ended with")
+    except UsageError as error:
+        warn(f"{damages}; it cannot be made again: {error}")
+        return
+    trainer = Trainer(config, task, device)
+    trainer.restore(saved)
+    for name, kept in trainer.method.kept([source.name for source in task.sources]).items():
+        run.keep(name, kept.arrays)
+    warn(f"{damages}; made again from the checkpoint")
 
 
 def _metrics(test: Evaluation) -> dict[str, Any]:
@@ -132,26 +199,29 @@ class _Unit:
         run: RunFolder,
         tracker: Tracker,
         on_progress: Callable[[Progress], None],
+        check: Callable[[], None],
     ) -> None:
-        self.config, self.task, self.run, self.tracker, self.on_progress = config, task, run, tracker, on_progress
-        self.trainer = Trainer(config, task, device)
-        self.validation = [Evaluator([images], config, device) for images in task.validation]
+        self.config, self.task, self.run, self.tracker = config, task, run, tracker
+        self.on_progress, self.check = on_progress, check
+        self.trainer = Trainer(config, task, device, check)
+        self.validation = [Evaluator([images], config, device, check) for images in task.validation]
         check_target(self.trainer.method, task.test_splits)
-        self.test = Evaluator(chosen_splits(task.test_splits, config.test), config, device)
+        self.test = Evaluator(chosen_splits(task.test_splits, config.test), config, device, check)
         self.started = time.monotonic()
         self.seconds_before = 0.0
         self.images_per_second = 0.0
         self.trained_in = ""
 
-    def complete(self) -> Result:
-        """Train what is left, select, test, and write the result."""
-        self._resume()
+    def complete(self, saved: Checkpoint | None) -> Result:
+        """Train what is left after a checkpoint, select, test, and write the result."""
+        self._resume(saved)
         self._fit()
         per_source = self._validate() if self.config.selection.selection == "source_validation" else {}
         test = self.test(self.trainer.method)
         score = float(np.mean(list(per_source.values()))) if per_source else test.mAP
         self._keep()
         result = self._result(test, Selection(self.config.selection.selection, score, per_source))
+        self.check()
         self.run.write_result(result)
         self.tracker.summarise({"test/mAP": result.mAP, "test/rank1": result.rank1, "test/mINP": result.mINP})
         self.tracker.summarise(
@@ -194,56 +264,58 @@ class _Unit:
             effective_rank=test.effective_rank,
         )
 
-    def _resume(self) -> None:
-        saved = self._saved()
+    def _resume(self, saved: Checkpoint | None) -> None:
         if saved is None:
-            self.run.rewind(0)
+            self.run.replace_rows([])
             return
+        rows = _rows_before(self.run, saved)
+        self.run.replace_rows(rows)
         self.trainer.restore(saved)
         self.seconds_before = saved.seconds
-        self.run.rewind(saved.step, last=saved.complete)
         self.trained_in = saved.trained_in
         if self.trained_in:
-            rows = self.run.rows()
-            self.images_per_second = rows[-1]["images_per_second"]
+            self.images_per_second = next(row[SPEED] for row in reversed(rows) if SPEED in row)
             for row in rows:  # W&B has not seen them in this run
                 self.tracker.log(row)
-
-    def _saved(self) -> Checkpoint | None:
-        if not self.run.checkpoint.exists():
-            return None
-        try:
-            return read_checkpoint(self.run.checkpoint, self.trainer.device)
-        except UsageError as error:  # a damaged disk: nothing of this unit is finished, so it starts again
-            print(f"warning: {error}; starting the unit again", file=sys.stderr)
-            return None
+        elif (score := self._score_of_epoch()) is not None:
+            self._tell(score)
 
     def _fit(self) -> None:
         schedule, machine, trainer = self.config.schedule, self.config.machine, self.trainer
         images, seconds, began = 0, 0.0, time.monotonic()
         for batch in trainer.loader():
+            self.check()
             scalars = trainer.train_step(batch)
             seconds += time.monotonic() - began  # waiting for the batch and the step; not validation and checkpoints
             images += len(batch.labels)
             self.images_per_second = images / seconds
-            step, epoch = trainer.step, self._epoch()
+            step = trainer.step
             if step % machine.log_every == 0 or step == schedule.total_steps:
-                self._log({"step": step, "epoch": epoch, **scalars, "images_per_second": self.images_per_second})
-            score = self._end_of_epoch(epoch) if step % schedule.steps_per_epoch == 0 else None
-            self.on_progress(Progress(step, schedule.total_steps, epoch, self.images_per_second, score))
+                self._log({"step": step, "epoch": self._epoch(), **scalars, SPEED: self.images_per_second})
+            score = self._end_of_epoch() if step % schedule.steps_per_epoch == 0 else None
+            self._tell(score)
             began = time.monotonic()
 
-    def _end_of_epoch(self, epoch: int) -> float | None:
-        """Check, validate and save where it is time for it. Returns the score of a validation."""
-        machine, last = self.config.machine, epoch == self.config.schedule.epochs
+    def _tell(self, score: float | None) -> None:
+        total = self.config.schedule.total_steps
+        self.on_progress(Progress(self.trainer.step, total, self._epoch(), self.images_per_second, score))
+
+    def _end_of_epoch(self) -> float | None:
+        """Check, save and validate where it is time for it. Returns the score of a validation."""
+        epoch = self._epoch()
         self.trainer.check_weights()
-        score = None
-        if machine.evaluate_every and epoch % machine.evaluate_every == 0 and not last:
-            score = self._intermediate_score()
-        if epoch % machine.checkpoint_every == 0 or last:
-            saved = self.trainer.checkpoint(self.run.unit, self.run.training, self._seconds())
+        if epoch % self.config.machine.checkpoint_every == 0 or epoch == self.config.schedule.epochs:
+            self.check()
+            rows = self.run.sync_rows()
+            saved = self.trainer.checkpoint(self.run.unit, self.run.training, self._seconds(), rows)
             saved.save(self.run.checkpoint)
-        return score
+        return self._score_of_epoch()
+
+    def _score_of_epoch(self) -> float | None:
+        """The score of the validation that is due after this epoch; None where none is. The last one's comes later."""
+        epoch, every = self._epoch(), self.config.machine.evaluate_every
+        due = every and epoch % every == 0 and epoch < self.config.schedule.epochs
+        return self._intermediate_score() if due else None
 
     def _intermediate_score(self) -> float:
         if self.config.selection.selection == "source_validation":

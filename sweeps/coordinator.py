@@ -14,22 +14,27 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
-from sqlalchemy.exc import DBAPIError
 
+from lda.code import this_code
 from lda.runs import environment
 from sweeps.crew.assignment import Assignment
 from sweeps.crew.processes import WorkerPool
 from sweeps.crew.slots import Slot
+from sweeps.gather import Gathered, gather, is_lost, missing, restore
+from sweeps.list.archive import open_archive
+from sweeps.list.attempts import Configuration, Kind, fault
 from sweeps.list.jobs import configuration_job
-from sweeps.list.ledger import Configuration, Kind, Ledger
-from sweeps.list.storage import masked, open_storage
-from sweeps.list.study import check_same, open_confirmation, open_search, search_budget, shortfall
+from sweeps.list.ledger import Ledger
+from sweeps.list.machines import is_sick
+from sweeps.list.storage import OUTAGE, close_storage, masked, open_storage, patiently, reached, reason
+from sweeps.list.study import TOKEN, open_confirmation, open_search, search_budget, shortfall, token_of
+from sweeps.ownership import check_folder, check_storage
 from sweeps.plan.images import Data
-from sweeps.plan.spec import StudySpec, flat, from_flat, to_dict
+from sweeps.plan.spec import StudySpec, flat, to_dict
 from sweeps.study_folder import StudyFolder
 from sweeps.views.display import Display
 from sweeps.views.snapshot import Snapshot, snapshot
@@ -37,6 +42,8 @@ from sweeps.views.trial_files import Mirror
 
 _POLL_SECONDS = 0.25
 _UPKEEP_SECONDS = 1.0
+_AWAY: tuple[type[Exception], ...] = (*OUTAGE, OSError)  # a storage, or a disk
+_GATHERING_SECONDS = 600.0  # an outage at the very end is waited for
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Plan:
         folder: runs/<study>.
         storage: URL, password and all.
         command: as typed, its storage URL masked; also how to go on after an interruption.
+        mixed_code: go on also where the study was begun with other code.
     """
 
     study: str
@@ -57,6 +65,7 @@ class Plan:
     storage: str
     slots: tuple[Slot, ...]
     command: str
+    mixed_code: bool = False
 
 
 class Coordinator:
@@ -67,22 +76,40 @@ class Coordinator:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.spec, self.folder = plan, plan.spec, plan.folder
-        if (before := self.folder.read_study()) is not None:
-            check_same(plan.study, from_flat(before), self.spec)
-        self.folder.workers.mkdir(parents=True, exist_ok=True)
-        self.storage: BaseStorage = open_storage(plan.storage, self.spec.heartbeat_seconds, self.spec.grace_seconds)
+        before = check_folder(plan.study, self.spec, self.folder, plan.storage)
+        self.folder.path.mkdir(parents=True, exist_ok=True)  # the default storage lies in it
         hours = self.spec.search.hours
         self.budget = search_budget(self.spec, None if hours is None else time.time() + 3600 * hours)
-        self.search, created = open_search(self.storage, plan.study, self.spec, self.budget, plan.data)
+        self.storage: BaseStorage = open_storage(plan.storage, self.spec.heartbeat_seconds, self.spec.grace_seconds)
+        try:
+            with reached(plan.storage):
+                created = self._begin(before)
+        except BaseException:
+            self.close()
+            raise
         # A study begun by this command is repeatable; whoever comes later must not repeat proposals.
         self._salt = "" if created else uuid.uuid4().hex
-        self.folder.write_study(_content(plan))
         self.confirm: Ledger | None = None
         self.mirror = Mirror(self.folder, self.spec)
         self.workers = WorkerPool(plan.slots, self.folder, self._assignment)
         self.stop = threading.Event()
         self._outage = self._limit_told = False
-        self._known: tuple[list[Configuration], list[Configuration]] = (self.search.configurations(), [])
+        self._looked_over: set[str] = set()
+        self._known: tuple[list[Configuration], list[Configuration]] = ([], [])
+
+    def _begin(self, before: dict[str, Any] | None) -> bool:
+        """Create the study, or check that the one in the storage is ours; then say so in the folder, whose study.json
+        was `before`. Returns whether it was created."""
+        plan = self.plan
+        self.search, created = open_search(
+            self.storage, plan.study, self.spec, self.budget, plan.data, self.folder.path, plan.mixed_code
+        )
+        check_storage(self.search.study, created, before, self.folder.path, plan.storage)
+        token = token_of(self.search.study)
+        self.archive = open_archive(self.storage, token)
+        self.folder.workers.mkdir(exist_ok=True)
+        self.folder.write_study(_content(plan, token))
+        return created
 
     def run(self) -> bool:
         """Work until nothing is left to do. Returns False when interrupted.
@@ -105,6 +132,18 @@ class Coordinator:
                 self._safely_upkeep("interrupted")
         return finished
 
+    def gather(self) -> Gathered:
+        """Bring every finished unit of the study here, before anything is drawn of them."""
+        known = [*self._known[0], *self._known[1]]
+        with reached(self.plan.storage):
+            gathered = patiently(lambda: gather(self.spec, self.folder, self.archive, known), _GATHERING_SECONDS)
+        self.mirror.update(*self._known)
+        return gathered
+
+    def close(self) -> None:
+        """Let go of the storage."""
+        close_storage(self.storage)
+
     def look(self) -> Snapshot:
         """The study as of the last upkeep."""
         return snapshot(self.plan.study, self.spec, self.folder, self.budget, *self._known)
@@ -122,6 +161,7 @@ class Coordinator:
             threads=slot.threads,
             salt=f"{self._salt} {slot.index} {incarnation}",
             until=self.budget.until,
+            code="" if self.plan.mixed_code else this_code().digest,
         )
 
     @contextlib.contextmanager
@@ -149,10 +189,9 @@ class Coordinator:
         """Upkeep that outlasts a storage that is away or a disk that is full: told once, tried on."""
         try:
             finished = self._upkeep(kind)
-        except (optuna.exceptions.StorageInternalError, DBAPIError, OSError) as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
+        except _AWAY as error:
             if not self._outage:
-                print(f"storage or disk does not answer, trying on: {reason}", file=sys.stderr, flush=True)
+                print(f"storage or disk does not answer, trying on: {reason(error)}", file=sys.stderr, flush=True)
             self._outage = True
             return False
         self._outage = False
@@ -184,8 +223,49 @@ class Coordinator:
             self.folder.forget_worker(worker)
         for ledger in ledgers:
             ledger.reap(self.spec.grace_seconds)
+            self._excuse_sick_workers(ledger)
             for again in ledger.requeue():
                 self.folder.event("retry", f"{configuration_job(self.spec, again).trial} will be tried again")
+            ledger.withdraw_twins()
+            self._run_lost_again(ledger)
+        self._kill_overtaken(ledgers)
+
+    def _excuse_sick_workers(self, ledger: Ledger) -> None:
+        """A worker that failed several configurations and finished none stops: its failures are its machine's. So are
+        those of all workers here, where each has failed and none has finished anything."""
+        failed = {name: ledger.failures_of(name) for name in self.workers.open}
+        every = [attempt for attempts in failed.values() for attempt in attempts]
+        all_sick = all(failed.values()) and is_sick(every)
+        for name, attempts in failed.items():
+            if attempts and (all_sick or is_sick(attempts)):
+                why = fault(attempts[-1])[1]
+                ledger.excuse(name, attempts)
+                self.workers.close(name, why)
+                failures = f"{len(attempts)} attempts in a row, which count as its machine's"
+                self.folder.event("worker", f"worker {name} stops: finished nothing, failed {failures}: {why}")
+
+    def _run_lost_again(self, ledger: Ledger) -> None:
+        """Once a command: units that were finished here, whose files are gone and of which the storage has no copy."""
+        if ledger.study.study_name in self._looked_over:
+            return
+        self._looked_over.add(ledger.study.study_name)
+        for configuration in ledger.configurations():
+            if configuration.last.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+                continue  # whoever goes on with it will see
+            absent = restore(self.folder, self.archive, missing(self.spec, self.folder, [configuration]))
+            if lost := [unit for unit in absent if is_lost(unit, self.folder, self.archive is None)]:
+                ledger.again(configuration, without=[unit.target for unit in lost])
+                places = ", ".join(unit.place for unit in lost)
+                self.folder.event("retry", f"{places}: finished, but the files are gone: will be run again")
+
+    def _kill_overtaken(self, ledgers: list[Ledger]) -> None:
+        """A worker of this machine that is frozen, and whose attempt others have taken over, only holds its device."""
+        running = {a.number for ledger in ledgers for a in ledger.trials() if a.state == TrialState.RUNNING}
+        for status in self.folder.statuses():
+            silent = time.time() - status["alive"] > self.spec.grace_seconds
+            overtaken = silent and "attempt" in status and status["attempt"] not in running
+            if overtaken and self.workers.kill_process(status.get("pid", 0)):
+                self.folder.event("worker", f"{status['worker']} was frozen and its trial taken over: killed")
 
     def _tell_limit(self, known: list[Configuration], at: float) -> None:
         """Say once that a limit ended the search, where it did."""
@@ -199,11 +279,12 @@ def _complete(configuration: Configuration) -> bool:
     return configuration.last.state == TrialState.COMPLETE
 
 
-def _content(plan: Plan) -> dict[str, object]:
+def _content(plan: Plan, token: str) -> dict[str, object]:
     """study.json: the resolved study, what follows from it, and what it ran on; each once."""
     spec, machine = plan.spec, environment("")
     return {
         "study": plan.study,
+        TOKEN: token,
         **flat(spec),
         "selection": spec.selection,
         "defaults": spec.defaults,
@@ -213,6 +294,7 @@ def _content(plan: Plan) -> dict[str, object]:
         "contents": plan.data.contents,
         "command": plan.command,
         "storage": masked(plan.storage),
+        "code": machine["code"],
         "commit": machine["commit"],
         "dirty": machine["dirty"],
         "versions": {"python": machine["python"], **machine["versions"]},

@@ -7,19 +7,19 @@ not be made is a warning), 1 no trial is complete or the study cannot go on, 2 b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from lda.arguments import (
     HIGHEST_STUDY_SEED,
     Parser,
     checked,
     existing_folder,
-    expanded,
     names,
     output_folder,
     path,
@@ -30,23 +30,32 @@ from lda.command import exit_code
 from lda.config import check_files, parse_overrides
 from lda.data.cache import check_cache
 from lda.errors import UsageError
-from sweeps.list.storage import VARIABLE, has_password, masked, storage_url
+from sweeps.list.addresses import VARIABLE, asked_for, cleaned, has_password, masked, storage_url
 from sweeps.plan.images import is_standin
 from sweeps.plan.preview import preview
-from sweeps.plan.spec import MOST_SEEDS, MOST_TRIALS, StudySpec, from_flat
+from sweeps.plan.spec import MOST_SEEDS, MOST_TRIALS, StudySpec
 from sweeps.plan.study_files import load, resolve, study_file, study_name, study_names
 
 if TYPE_CHECKING:
     from lda.groups import Machine
-    from sweeps.coordinator import Plan
+    from sweeps.coordinator import Coordinator, Plan
     from sweeps.crew.slots import Slot
+    from sweeps.gather import Gathered
 
 # optuna (1 s) and the loaders are imported where they are needed, so that --help, --list and mistakes answer at once.
 
 
+class StudyParser(Parser):
+    """Repeats no password where it repeats what it does not understand."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        super().error(cleaned(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(
+    parser = StudyParser(
         prog="sweeps/run.py",
         description="Run a study. The same command goes on with one that was interrupted.",
         allow_abbrev=False,
@@ -105,24 +114,31 @@ def parser() -> argparse.ArgumentParser:
         metavar="URL",
         help=f"postgresql://..., journal[:PATH] or sqlite:///... (default: {VARIABLE}, else sqlite in the folder)",
     )
+    parser.add_argument(
+        "--allow-mixed-code",
+        action="store_true",
+        help="go on with a study that was begun with other code; its tables say so",
+    )
     parser.add_argument("--join", action="store_true", help="add this machine's workers to a study that runs elsewhere")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
+    typed = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code(lambda: _started(arguments))
+    return exit_code(lambda: _started(arguments, typed))
 
 
-def _started(arguments: list[str]) -> int:
+def _started(arguments: list[str], typed: bool) -> int:
     given = parser().parse_args(arguments)
     if given.list:
         _list()
         return 0
     if given.study is None:
         raise UsageError(f"--study NAME is missing; one of: {', '.join(study_names())}")
-    _hide_password(given, arguments)
+    if typed:
+        _hide_password(arguments)
     return _run(given, arguments)
 
 
@@ -132,15 +148,29 @@ def _list() -> None:
         print(f"{name:12} {spec.title}\n{'':12} {spec.cost}")
 
 
-def _hide_password(given: argparse.Namespace, arguments: list[str]) -> None:
+def _hide_password(arguments: Sequence[str]) -> None:
     """A password on the command line is in every list of processes: start again with the URL in the environment."""
-    if given.storage is None or not has_password(given.storage):
+    kept, storages = split_storage(arguments)
+    if not any(has_password(storage) for storage in storages):
         return
-    kept = [argument for argument in arguments if given.storage not in argument or argument == "--storage"]
-    if "--storage" in kept:
-        kept.remove("--storage")
-    environment = {**os.environ, VARIABLE: given.storage}
-    os.execve(sys.executable, [sys.executable, sys.argv[0], *kept], environment)
+    before = sys.orig_argv[1 : len(sys.orig_argv) - len(arguments)]  # the script, or -m and the module
+    environment = {**os.environ, VARIABLE: storages[-1]}
+    os.execve(sys.executable, [sys.executable, *before, *kept], environment)
+
+
+def split_storage(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(a command line without its --storage options, their values)."""
+    kept: list[str] = []
+    storages: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--storage":
+            storages.append(next(rest, ""))
+        elif argument.startswith("--storage="):
+            storages.append(argument.removeprefix("--storage="))
+        else:
+            kept.append(argument)
+    return kept, storages
 
 
 def _run(given: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -149,7 +179,7 @@ def _run(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     folder = given.output / name
     if not given.status:
         checked("--output", output_folder, folder)
-    url = storage_url(_requested(given), folder)
+    url = storage_url(asked_for(given.storage), folder)
     if given.status:
         _status(name, url, folder)
         return 0
@@ -159,19 +189,12 @@ def _run(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     check_files(config)
     slots = _slots(given.workers, config.machine)
     if given.dry_run:
-        _check_dry(given, name, spec, folder)
+        _check_dry(given, name, spec, folder, url)
         data = str(given.data_root) if given.data_root else f"stand-in domains, scale {spec.standin}"
         where = [("folder", str(folder)), ("storage", masked(url))]
         print(preview(name, spec, data, given.set, where))
         return 0
     return _coordinate(given, name, spec, folder, url, slots, arguments)
-
-
-def _requested(given: argparse.Namespace) -> str | None:
-    """The storage that is asked for, its `~` expanded; None where none is."""
-    option, variable = given.storage, os.environ.get(VARIABLE)
-    what, url = (VARIABLE, variable) if option is None else ("--storage", option)
-    return checked(what, expanded, url) if url else url
 
 
 def _slots(workers: int | None, machine: Machine) -> tuple[Slot, ...]:
@@ -180,18 +203,17 @@ def _slots(workers: int | None, machine: Machine) -> tuple[Slot, ...]:
     return tuple(plan_slots(workers, machine.threads, machine.device))
 
 
-def _check_dry(given: argparse.Namespace, name: str, spec: StudySpec, folder: Path) -> None:
+def _check_dry(given: argparse.Namespace, name: str, spec: StudySpec, folder: Path, url: str) -> None:
     """What a run finds out when it opens its data and its folder, so that a dry run refuses what a run would."""
     if given.data_root is not None:
         from sweeps.plan.images import prepare_data
 
         prepare_data(spec, given.data_root)
-    from sweeps.study_folder import StudyFolder
+    if folder.exists():
+        from sweeps.ownership import check_folder
+        from sweeps.study_folder import StudyFolder
 
-    if (before := StudyFolder(folder).read_study()) is not None:
-        from sweeps.list.study import check_same
-
-        check_same(name, from_flat(before), spec)
+        check_folder(name, spec, StudyFolder(folder), url)
 
 
 def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> StudySpec:
@@ -222,6 +244,7 @@ def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> Stud
 
 
 def _status(name: str, url: str, folder: Path) -> None:
+    from sweeps.gather import missing
     from sweeps.list.study import running_study
     from sweeps.study_folder import StudyFolder
     from sweeps.views.display import print_status
@@ -230,6 +253,8 @@ def _status(name: str, url: str, folder: Path) -> None:
     found = running_study(name, url, folder)
     now = snapshot(name, found.spec, StudyFolder(folder), found.budget, found.search, found.confirm)
     print_status(now, found.spec.grace_seconds)
+    if absent := missing(found.spec, StudyFolder(folder.resolve()), [*found.search, *found.confirm]):
+        print(f"{len(absent)} finished units are not in {folder}; the study's command copies them: {absent[0]}, ...")
 
 
 def _coordinate(
@@ -242,10 +267,8 @@ def _coordinate(
     arguments: Sequence[str],
 ) -> int:
     from sweeps.coordinator import Coordinator, Plan
-    from sweeps.finish import finish
     from sweeps.plan.images import prepare_data
     from sweeps.study_folder import StudyFolder
-    from sweeps.views.display import status_line
 
     plan = Plan(
         study=name,
@@ -254,27 +277,55 @@ def _coordinate(
         data=prepare_data(spec, given.data_root),
         storage=url,
         slots=slots,
-        command=_as_typed(given, arguments),
+        command=_as_typed(arguments),
+        mixed_code=given.allow_mixed_code,
     )
     _announce(plan, given.set)
-    coordinator = Coordinator(plan)
+    with contextlib.closing(Coordinator(plan)) as coordinator:
+        return _run_to_its_end(coordinator)
+
+
+def _run_to_its_end(coordinator: Coordinator) -> int:
+    """Run a study, and draw what it found. Returns the exit code."""
+    from sweeps.finish import finish
+    from sweeps.views.display import status_line
+
+    plan, folder = coordinator.plan, coordinator.plan.folder
     finished = coordinator.run()
     if not finished:
         print(f"interrupted; everything finished is kept. Go on with:\n  {plan.command}", file=sys.stderr)
         return 130
+    gathered = coordinator.gather()
     now = coordinator.look()
     complete = now.complete > 0 or (not now.budget and now.confirmed > len(now.failures))
-    finish(name, spec, plan.folder, plan.data.kind, complete=complete)
+    finish(plan.study, plan.spec, folder, plan.data.kind, complete=complete)
     for line in now.failures:
         print(f"given up: {line}", file=sys.stderr)
-    print(f"{name}: {status_line(now)}; {folder}")
-    return 0 if complete else 1
+    _tell_gathered(gathered)
+    print(f"{plan.study}: {status_line(now)}; {folder.path}")
+    mostly_failed = 2 * len(now.failures) > now.complete + now.pruned + now.failed + now.confirmed
+    if mostly_failed:
+        print(f"most of it was given up ({len(now.failures)}); the table is of the rest", file=sys.stderr)
+    return 0 if complete and not mostly_failed and not gathered.left else 1
 
 
-def _as_typed(given: argparse.Namespace, arguments: Sequence[str]) -> str:
+def _tell_gathered(gathered: Gathered) -> None:
+    """What is not here: results, which make the study unfinished on this machine, and checkpoints, which do not."""
+    if gathered.left:
+        units = ", ".join(map(str, gathered.left))
+        print(f"{len(gathered.left)} finished units are not here and not in the storage: {units}", file=sys.stderr)
+    for place, count in gathered.weights.items():
+        print(f"checkpoints of {count} units lie on {place} only")
+
+
+def _as_typed(arguments: Sequence[str]) -> str:
     """The command for a person to repeat, no password in it."""
-    shown = os.environ.get(VARIABLE) if given.storage is None else None
-    return (f"{VARIABLE}={masked(shown)} " if shown else "") + shlex.join(["python", "sweeps/run.py", *arguments])
+    kept, storages = split_storage(arguments)
+    if any(has_password(storage) for storage in storages):
+        arguments = [*kept, f"--storage={masked(storages[-1])}"]
+    inherited = None if storages else asked_for(None)
+    before = f"{VARIABLE}={shlex.quote(masked(inherited))} " if inherited else ""
+    return before + shlex.join(["python", "sweeps/run.py", *arguments])
 
 
 def _announce(plan: Plan, fixed: Sequence[str]) -> None:

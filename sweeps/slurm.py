@@ -11,7 +11,6 @@ Needs submitit (install lda-reid[slurm]); `--cluster local` runs the tasks on th
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -19,17 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lda.arguments import Parser, checked, output_folder, path, whole
+from lda.arguments import checked, output_folder, path, whole
 from lda.command import exit_code
 from lda.errors import UsageError
-from sweeps.list.storage import VARIABLE, has_password, storage_url
+from sweeps.list.addresses import VARIABLE, asked_for, has_password, storage_url
 from sweeps.plan.study_files import study_file, study_name
+from sweeps.run import StudyParser, split_storage
 from sweeps.run import parser as run_parser
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(
+    parser = StudyParser(
         prog="python -m sweeps.slurm",
         description="Run a study as an array of SLURM tasks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -80,16 +80,16 @@ def _submit(given: argparse.Namespace) -> int:
     if task.study is None:
         raise UsageError("--study NAME is missing behind --")
     study = study_name(study_file(task.study))
-    if given.cluster == "slurm" and task.storage is None and not os.environ.get(VARIABLE):
+    checked("--output", output_folder, task.output / study)
+    storage_url(asked_for(task.storage), task.output / study)
+    if given.cluster == "slurm" and (asked_for(task.storage) or "sqlite").startswith("sqlite"):
         raise UsageError(
             f"several nodes need --storage postgresql://... or journal (or {VARIABLE}); sqlite serves one machine"
         )
-    if task.storage is not None and has_password(task.storage):
+    if any(has_password(storage) for storage in split_storage(run)[1]):
         raise UsageError(f"--storage: submitit would write the password to a file; put the URL into {VARIABLE} instead")
     options = slurm_options(given.slurm)
     checked("--logs", output_folder, given.logs)
-    checked("--output", output_folder, task.output / study)
-    storage_url(task.storage or os.environ.get(VARIABLE) or None, task.output / study)
     if given.cluster == "slurm" and shutil.which("srun") is None:
         raise UsageError("there is no SLURM here (no srun on PATH); --cluster local runs the tasks on this machine")
     executor = submitit.AutoExecutor(folder=given.logs, cluster=given.cluster)

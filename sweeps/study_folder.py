@@ -23,13 +23,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from lda.errors import UsageError
+from lda.errors import UsageError, warn
 from lda.files import read_json, write_json
-from lda.runs import CONFIG, finished, made_by_this_code, read_unit, training_of, unit_folders
+from lda.runs import CONFIG, is_finished, made_by_this_code, training_of, unit_folders
 
 FORMAT = 2
 """Version of study.json and of the attributes of an Optuna study; 1 had none."""
 
+STUDY = "study.json"
+EVENTS = "events.jsonl"
 BASELINE = "trial-baseline"
 
 EventKind = Literal[
@@ -76,10 +78,13 @@ class Event:
         return json.dumps({**row, "text": self.text}).encode() + b"\n"
 
     @classmethod
-    def read(cls, line: bytes) -> Event:
-        """What `line` wrote."""
-        row = json.loads(line)
-        return cls(datetime.fromisoformat(row["time"]), row["kind"], row["text"], row["worker"])
+    def read(cls, line: bytes) -> Event | None:
+        """What `line` wrote; None for a line that is damaged, as a full disk or a power cut leaves them."""
+        try:
+            row = json.loads(line)
+            return cls(datetime.fromisoformat(row["time"]), row["kind"], str(row["text"]), str(row["worker"]))
+        except (ValueError, LookupError, TypeError):
+            return None
 
 
 @dataclass(frozen=True)
@@ -111,53 +116,71 @@ class StudyFolder:
         """A unit of this study that is finished and has this hash, wherever it was run."""
         for trial in sorted(self.path.glob("trial-*")):
             for folder in unit_folders(trial):
-                if not folder.is_symlink() and finished(folder) and read_unit(folder).unit == unit:
+                if not folder.is_symlink() and is_finished(folder, unit):
                     return folder
         return None
 
     def trained(self, training: str) -> list[Path]:
         """Units that learnt, or learn, what this training hash names: of this study, then of its neighbours.
 
-        A hash names settings and images, not code: of a neighbour only what this very commit trained.
+        A hash names settings and images, not code: only what this very code trained.
         """
         units = [config.parent for config in sorted(self.path.parent.glob(f"*/trial-*/*/{CONFIG}"))]
         same = [unit for unit in units if not unit.is_symlink() and training_of(unit) == training]
-        own = [unit for unit in same if unit.is_relative_to(self.path)]
-        return own + [unit for unit in same if unit not in own and made_by_this_code(unit)]
+        known = [unit for unit in same if made_by_this_code(unit)]
+        own = [unit for unit in known if unit.is_relative_to(self.path)]
+        return own + [unit for unit in known if unit not in own]
 
     # --- study.json --------------------------------------------------------------------------------------------------
 
     def read_study(self) -> dict[str, Any] | None:
-        """The content of study.json; None before the study was begun. Raises UsageError for another version's."""
-        path = self.path / "study.json"
+        """The content of study.json; None before the study was begun, and for a file that is damaged: it will be made
+        again from the storage. Raises UsageError for another version's."""
+        path = self.path / STUDY
         if not path.exists():
             return None
-        content = read_json(path)
+        try:
+            content = read_json(path)
+        except UsageError as error:
+            warn(f"{error}; it is made again from the storage")
+            return None
         check_format(content.get("format"), str(path))
         return content
 
+    def has_trials(self) -> bool:
+        """Whether any trial of any study lies here."""
+        return any(self.path.glob("trial-*/*/"))
+
     def write_study(self, content: Mapping[str, Any]) -> None:
         """Write study.json."""
-        write_json(self.path / "study.json", {"format": FORMAT, **content})
+        write_json(self.path / STUDY, {"format": FORMAT, **content})
 
     # --- events ------------------------------------------------------------------------------------------------------
 
     def event(self, kind: EventKind, text: str, worker: str = "") -> None:
-        """Append one line to events.jsonl; a line is far below the size that appends keep whole."""
+        """Append one line to events.jsonl; a line is far below the size that appends keep whole.
+
+        Unbuffered: a line that a full disk cuts off is not written again later. The next one begins a line of its own.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "events.jsonl").open("ab") as file:
-            file.write(Event(datetime.now().astimezone(), kind, text, worker).line())
+        line = Event(datetime.now().astimezone(), kind, text, worker).line()
+        with (self.path / EVENTS).open("a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+            file.write(b"\n" * torn + line)
 
     def events(self, start: int = 0) -> tuple[list[Event], int]:
-        """(the events from byte `start` on, the byte after them). A line that is half written is left for later."""
-        path = self.path / "events.jsonl"
-        if not path.exists():
+        """(the events from byte `start` on, the byte after them). A line that is half written is left for later, one
+        that is damaged is left out: events are for people."""
+        try:
+            with (self.path / EVENTS).open("rb") as file:
+                file.seek(start)
+                text = file.read()
+        except OSError:  # none yet, or a disk that does not answer
             return [], start
-        with path.open("rb") as file:
-            file.seek(start)
-            text = file.read()
         complete = text[: text.rfind(b"\n") + 1]
-        return [Event.read(line) for line in complete.splitlines()], start + len(complete)
+        found = (Event.read(line) for line in complete.splitlines())
+        return [event for event in found if event is not None], start + len(complete)
 
     # --- workers -----------------------------------------------------------------------------------------------------
 
@@ -165,8 +188,9 @@ class StudyFolder:
         """What every worker here said last, and when it was last alive (seconds since the epoch), by worker."""
         found = []
         for path in sorted(self.workers.glob("*.json")):
-            with contextlib.suppress(FileNotFoundError):  # it left meanwhile
-                found.append({**read_json(path), "alive": path.stat().st_mtime})
+            with contextlib.suppress(FileNotFoundError, UsageError):  # it left meanwhile, or its disk tore the file
+                said = {"worker": path.stem, "device": "", "state": "?", **read_json(path)}
+                found.append({**said, "alive": path.stat().st_mtime})
         return found
 
     def dead_workers(self) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Arena:
         spec = {"search": points(3), **options}
         base = {"steps_per_epoch": STEPS, **spec.pop("base", {})}  # type: ignore[dict-item]
         environment = {"LDA_STORAGE": self.url} if self.url else {}
+        environment |= spec.pop("environment", {})  # type: ignore[arg-type, call-overload]
         return Command(self.folder / name, self.data_root, base=base, environment=environment, **spec)  # type: ignore[arg-type]
 
     def server(self) -> Server:
@@ -87,6 +89,14 @@ def training(command: Command, index: int, target: str = "market1501", steps: in
 
 
 # --- what the faults need --------------------------------------------------------------------------------------------
+
+
+def injected(folder: Path, body: str) -> dict[str, str]:
+    """Environment of a command whose workers run `body` before anything else: a sitecustomize.py of their own."""
+    folder.mkdir()
+    guarded = textwrap.indent(textwrap.dedent(body), "    ")
+    (folder / "sitecustomize.py").write_text(f'import sys\nif "sweeps.crew.worker" in sys.orig_argv:\n{guarded}\n')
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))}
 
 
 def root(what: str) -> None:

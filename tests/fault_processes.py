@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
+import sqlite3
 import time
+from contextlib import suppress
 
-from fault_arena import FAULTS, RETRIES, Arena, Play, named, points, training
-from studies import Command, log_of, wait_for
+from fault_arena import FAULTS, RETRIES, Arena, Play, injected, named, points, training
+from studies import REPOSITORY, Command, log_of, wait_for
 
 from lda.files import read_json
+
+_SECOND_MOMENTUM = points(3)["space"]["bank_momentum"]["choices"][1]  # type: ignore[index]
 
 
 @named("worker killed in mid-unit")
@@ -55,8 +60,9 @@ def worker_stopped(arena: Arena) -> Play:
     os.kill(sleeper, signal.SIGSTOP)
     wait_for(lambda: any("trial-0000 will be tried again" in event for event in command.events()), process=process)
     wait_for(lambda: sum("trial-0000 started" in event for event in command.events()) == 2, 120, process)
-    os.kill(sleeper, signal.SIGCONT)
-    wait_for(lambda: sleeper not in command.workers(), 10)  # fenced
+    with suppress(ProcessLookupError):  # its coordinator has killed it already: others have its trial
+        os.kill(sleeper, signal.SIGCONT)
+    wait_for(lambda: sleeper not in command.workers(), 10)  # or it is fenced
     return 1, [command], process.wait(300)
 
 
@@ -97,6 +103,131 @@ def machine_killed(arena: Arena) -> Play:
     return 1, [first, second], two.wait(300)
 
 
+@named("two machines with disks of their own (PostgreSQL)")
+def own_disks(arena: Arena) -> Play:
+    """Each trains a part; both must end with the whole table."""
+    arena.server()
+    first, second = (arena.command(name, search=points(6), spec={"confirm": {"seeds": 1}}) for name in "ab")
+    one = first.start()
+    wait_for(training(first, 0), process=one)
+    two = second.start("--join")
+    code = max(one.wait(300), two.wait(300))
+    everything = [set(command.results()) for command in (first, second)]
+    assert everything[0] == everything[1], everything
+    assert "checkpoints of" in first.output + second.output
+    return 1, [first, second], code
+
+
+@named("a second --output on the same database (PostgreSQL)")
+def second_output(arena: Arena) -> Play:
+    """After the end: not an empty folder and "all done", but the whole study again."""
+    arena.server()
+    first, second = arena.command("a"), arena.command("b")
+    assert first.run() == 0, first.output
+    return 1, [first, second], second.run()
+
+
+@named("a sick machine: every first step raises (PostgreSQL)")
+def sick_machine(arena: Arena) -> Play:
+    """It fails at once what the healthy one needs minutes for; nothing may be given up, and it says that it stops."""
+    arena.server()
+    raises = """
+        import lda.trainer
+        def train_step(self, batch):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        lda.trainer.Trainer.train_step = train_step
+    """
+    first = arena.command("a", search=points(8))
+    second = arena.command("b", search=points(8), environment=injected(arena.folder / "sick", raises))
+    one = first.start()
+    wait_for(training(first, 0), process=one)
+    sick = second.start("--join", "--workers", "2")
+    code = one.wait(300)
+    assert sick.wait(60) == 1, second.output
+    assert "no worker of this machine can work: RuntimeError: CUDA error" in second.output, second.output
+    return sum(" failed: RuntimeError" in event for event in second.events()), [first], code
+
+
+@named("a hang without death")
+def hang(arena: Arena) -> Play:
+    """The process lives and beats, and makes no step: its trial goes to another worker."""
+    marker = arena.folder / "hung"
+    hangs = f"""
+        import pathlib, time
+        import lda.trainer
+        step, marker = lda.trainer.Trainer.train_step, pathlib.Path({str(marker)!r})
+        def train_step(self, batch):
+            if self.step == 5 and not marker.exists():
+                marker.touch()
+                time.sleep(10**6)
+            return step(self, batch)
+        lda.trainer.Trainer.train_step = train_step
+    """
+    command = arena.command(environment=injected(arena.folder / "hangs", hangs), spec={"stall_seconds": 12})
+    code = command.run("--workers", "2")
+    told = " ".join(command.events())
+    assert "no step for" in told, told
+    assert "hung and gave its trial away" in told, told
+    return 1, [command], code
+
+
+@named("memory kill of the worker of one trial, twice")
+def memory_kill(arena: Arena) -> Play:
+    """As the kernel's: SIGKILL in the middle of a step, of whoever works on that trial."""
+    marker = arena.folder / "killed"
+    kills = f"""
+        import os, pathlib, signal
+        import lda.trainer
+        step, marker = lda.trainer.Trainer.train_step, pathlib.Path({str(marker)!r})
+        def train_step(self, batch):
+            times = marker.stat().st_size if marker.exists() else 0
+            if self.step == 7 and times < 2 and self.method.settings.bank_momentum == {_SECOND_MOMENTUM}:
+                with marker.open("ab") as file:
+                    file.write(b"x")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, batch)
+        lda.trainer.Trainer.train_step = train_step
+    """
+    command = arena.command(environment=injected(arena.folder / "kills", kills))
+    return 2, [command], command.run("--workers", "2")
+
+
+@named("clock stepped by hours")
+def clock_stepped(arena: Arena) -> Play:
+    """Every heartbeat looks two hours old, as after a step of the clock, while its worker works on."""
+    command = arena.command()
+    process = command.start("--workers", "2")
+    for _ in range(2):
+        wait_for(training(command, 0, "cuhk03"), process=process)
+        connection = sqlite3.connect(command.study / "optuna.db", timeout=60)
+        connection.execute("UPDATE trial_heartbeats SET heartbeat = datetime(heartbeat, '-2 hours')")
+        connection.commit()
+        connection.close()
+        time.sleep(2)
+    return 2, [command], process.wait(300)
+
+
+@named("code changed in mid-study")
+def code_changed(arena: Arena) -> Play:
+    """The checkout is edited while the study runs: its next workers must not mix; the old code goes on."""
+    checkout = arena.folder / "checkout"
+    for package in ("lda", "sweeps", "analysis"):
+        shutil.copytree(REPOSITORY / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
+    command = arena.command(environment={"PYTHONPATH": str(checkout)}, repository=checkout)
+    process = command.start()
+    wait_for(training(command, 1), process=process)
+    edited = checkout / "lda" / "trainer.py"
+    before = edited.read_text()
+    edited.write_text(before + "\n# another idea\n")
+    os.kill(command.workers()[0], signal.SIGKILL)
+    assert process.wait(120) == 2, command.output
+    assert "the code was changed while the study ran" in command.output, command.output
+    assert command.run() == 2, command.output
+    assert "was begun with other code" in command.output, command.output
+    edited.write_text(before)
+    return 2, [command], command.run()
+
+
 @named("a unit that raises")
 def unit_raises(arena: Arena) -> Play:
     """A file stands where a unit's folder must be: every attempt at that trial raises."""
@@ -116,16 +247,23 @@ def loss_nan(arena: Arena) -> Play:
 
 
 def random_kills(arena: Arena, count: int, seed: int) -> Play:
-    """Kills drawn from a seed: a worker, the coordinator, or everything; whatever ends the command starts it again.
+    """Kills drawn from a seed on two machines with disks of their own and one PostgreSQL: a worker, a coordinator, or
+    everything on a machine; whatever ends a command starts it again.
 
     The study has more trials than time until the last kill; then it ends with those it has begun.
     """
     draw = random.Random(seed)
-    command = arena.command(search={"sampler": "random", "trials": 100 * count})
-    process = command.start("--workers", "2")
+    arena.server()
+    search = {"sampler": "random", "trials": 100 * count}
+    machines = [arena.command(name, search=search) for name in "ab"]
+    processes = [machines[0].start()]
+    wait_for(training(machines[0], 0), process=processes[0])
+    processes.append(machines[1].start("--join"))
     killed = 0
     while killed < count:
         time.sleep(draw.uniform(0.5, 12.0))
+        which = draw.randrange(2)
+        command, process = machines[which], processes[which]
         assert process.poll() is None, command.output
         victim = draw.choice(["worker", "worker", "coordinator", "everything"])
         workers = command.workers()
@@ -140,7 +278,12 @@ def random_kills(arena: Arena, count: int, seed: int) -> Play:
             continue
         killed += 1
         if process.poll() is not None:
-            process = command.start("--workers", "2")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130, command.output
-    return killed, [command], command.run("--workers", "2", "--trials", "1")
+            processes[which] = command.start(*(["--join"] if which else []))
+    for command, process in zip(machines, processes, strict=True):
+        wait_for(lambda command=command: "Test (" in command.output, process=process)  # type: ignore[misc]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, command.output
+    ends = [command.start("--trials", "1") for command in machines]
+    code = max(process.wait(600) for process in ends)
+    assert set(machines[0].results()) == set(machines[1].results())
+    return killed, machines, code

@@ -41,8 +41,9 @@ from lda.config import from_mapping
 from lda.files import read_json
 from lda.runs import Result, environment, read_unit
 from lda.unit import run_unit
-from sweeps.list.ledger import Configuration, configurations, fault
-from sweeps.list.storage import engine_of, open_storage, storage_url
+from sweeps.list.addresses import storage_url
+from sweeps.list.attempts import Configuration, configurations, fault
+from sweeps.list.storage import opened
 
 __all__ = ["FAULTS", "Skip", "fault_disk", "fault_processes", "fault_storage", "fault_wandb"]
 
@@ -142,16 +143,12 @@ def strike(name: str, folder: Path, data_root: Path, play: Callable[[Arena], Pla
 
 
 def _configurations(arena: Arena, command: Command) -> list[Configuration]:
-    storage = open_storage(storage_url(arena.url, command.study), 60, 180)
-    found = [
-        configuration
-        for name in optuna.study.get_all_study_names(storage)
-        for configuration in configurations(optuna.load_study(study_name=name, storage=storage).get_trials())
-    ]
-    storage.remove_session()
-    if (engine := engine_of(storage)) is not None:  # psycopg warns of connections left to the garbage collector
-        engine.dispose()
-    return found
+    with opened(storage_url(arena.url, command.study)) as storage:
+        return [
+            configuration
+            for name in optuna.study.get_all_study_names(storage)
+            for configuration in configurations(optuna.load_study(study_name=name, storage=storage).get_trials())
+        ]
 
 
 def _repeated(study: Path) -> set[Path]:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tempfile
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -32,17 +33,21 @@ def free_port() -> int:
 
 
 class Server:
-    """Started on construction; listens on every address."""
+    """Started on construction; listens on every address.
 
-    def __init__(self) -> None:
+    Args:
+        password: of its superuser `lab`.
+    """
+
+    def __init__(self, password: str = PASSWORD) -> None:
         found = binaries()
         if found is None:
             pytest.skip("no PostgreSQL here: install the package postgresql")
-        self._bin = found
+        self._bin, self._password = found, password
         self.port = free_port()
         self.user = getpass.getuser() if os.getuid() else _unprivileged()
         self.folder = Path(tempfile.mkdtemp(prefix="lda-postgres-"))
-        (self.folder / "password").write_text(PASSWORD)
+        (self.folder / "password").write_text(password)
         if os.getuid() == 0:
             shutil.chown(self.folder, self.user)
             shutil.chown(self.folder / "password", self.user)
@@ -55,7 +60,29 @@ class Server:
     @property
     def url(self) -> str:
         """URL of the database, with its password."""
-        return f"postgresql://lab:{PASSWORD}@127.0.0.1:{self.port}/postgres"
+        return self._url("lab", "postgres")
+
+    def _url(self, user: str, database: str) -> str:
+        return f"postgresql://{user}:{quote(self._password, safe='')}@127.0.0.1:{self.port}/{database}"
+
+    def ordinary(self) -> str:
+        """URL of a database of an ordinary user, `study`: limits of connections do not hold for a superuser."""
+        escaped = self._password.replace("'", "''")
+        self.sql(f"CREATE ROLE study LOGIN PASSWORD '{escaped}'", "CREATE DATABASE study OWNER study")
+        return self._url("study", "study")
+
+    def sql(self, *statements: str) -> None:
+        """Let the superuser say something."""
+        import psycopg
+
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            for statement in statements:
+                connection.execute(statement.encode())
+
+    def cut(self) -> None:
+        """Cut every connection but this one's."""
+        own = "pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        self.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {own}")
 
     def start(self) -> None:
         """Start, and wait until it answers."""

@@ -49,6 +49,7 @@ class Command:
     base: dict[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     prefix: tuple[str, ...] = ()
+    repository: Path = REPOSITORY
 
     def __post_init__(self) -> None:
         search = {"sampler": "random", "trials": 2, "space": {"bank_momentum": {"low": 0.5, "high": 0.99}}}
@@ -74,7 +75,7 @@ class Command:
         arguments += ["--output", str(self.folder / "runs"), "--workers", "1", *options]
         with (self.folder / "output.txt").open("w") as output:
             process = subprocess.Popen(
-                [*self.prefix, sys.executable, str(REPOSITORY / "sweeps" / "run.py"), *arguments],
+                [*self.prefix, sys.executable, str(self.repository / "sweeps" / "run.py"), *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,

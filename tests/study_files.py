@@ -12,7 +12,19 @@ import numpy as np
 
 from lda.config import preset
 from lda.protocols import PROTOCOLS
-from lda.runs import BUFFER_BANK, CONFIG, FORMAT, METRICS, Content, Cost, Result, Selection, Split, UnitFolder
+from lda.runs import (
+    BUFFER_BANK,
+    CONFIG,
+    ENVIRONMENT,
+    FORMAT,
+    METRICS,
+    Content,
+    Cost,
+    Result,
+    Selection,
+    Split,
+    UnitFolder,
+)
 
 LAYERS = {"bn1": 32, "layer1.0.bn1": 32, "layer2.0.bn1": 64, "layer3.0.bn1": 128, "layer4.0.bn1": 256, "output": 256}
 """Layer -> channels of the banks written here."""
@@ -121,6 +133,7 @@ def write_unit(
     (folder / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     if not finished:
         return
+    write_json(folder / ENVIRONMENT, {"commit": "0123abc4567", "dirty": False, "versions": {"torch": "2.15.0"}})
     if result.method == "lda" if bank is None else bank:
         write_bank(UnitFolder(folder).kept(BUFFER_BANK), sources, result.seed)
     result.write(folder)

@@ -23,7 +23,8 @@ from study_files import write_json, write_study, write_trial, write_unit
 
 from analysis import report
 from analysis.house_style import new_figure
-from analysis.study import Axis, Study, load_study
+from analysis.records import Axis
+from analysis.study import Study, load_study
 from analysis.study_figures import (
     draw_history,
     draw_parameter,

@@ -16,11 +16,12 @@ from test_odd_environments import without_superpowers
 
 from analysis import buffer_bank, report, tables
 from lda import evaluate, step_cost, train
-from lda.arguments import expanded, output_folder, path
+from lda.arguments import output_folder, path
 from lda.data import doctor, person_search
 from lda.data.standin import __main__ as standin
 from lda.errors import UsageError
-from sweeps import run, slurm
+from sweeps import carry, run, slurm
+from sweeps.list.addresses import storage_url
 from sweeps.plan.study_files import load, resolve
 from sweeps.study_folder import StudyFolder
 
@@ -47,6 +48,7 @@ OPTIONS: list[tuple[Main, str, dict[str, str]]] = [
         "--set": "settings",
     }),
     (slurm.main, "--cluster local", {"--tasks": "number", "--logs": "folder written"}),
+    (carry.main, "import", {"--output": "folder written"}),
     (train.main, "", {
         "--data-root": "folder read", "--seed": "number", "--output": "folder written", "--set": "settings",
     }),
@@ -66,7 +68,7 @@ OPTIONS: list[tuple[Main, str, dict[str, str]]] = [
     (buffer_bank.main, "folder", {"--output": "folder written", "--channels": "number"}),
     (report.main, "folder", {"--output": "folder written"}),
 ]  # fmt: skip
-LAST = {slurm.main: ["--", "--study", "smoke", "--storage", "journal"]}
+LAST = {carry.main: ["file"], slurm.main: ["--", "--study", "smoke", "--storage", "journal"]}
 
 
 @pytest.fixture
@@ -111,12 +113,22 @@ def test_every_option_refuses_what_it_cannot_use(
         assert named, f"{option}={value[:40]!r}: {told}"
 
 
-@pytest.mark.parametrize("main", [tables.main, report.main, buffer_bank.main])
-@pytest.mark.parametrize("value", ODD["folder read"])
-def test_folders_of_results_are_looked_at_first(
-    main: Main, value: str, here: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("main", "before", "after", "kind"),
+    [
+        (tables.main, [], [], "folder read"),
+        (report.main, [], [], "folder read"),
+        (buffer_bank.main, [], [], "folder read"),
+        (carry.main, ["export"], ["out"], "folder read"),
+        (carry.main, ["export", "folder"], [], "file written"),
+        (carry.main, ["import"], [], "file read"),
+    ],
+)
+def test_files_and_folders_without_an_option_are_looked_at_first(
+    main: Main, before: list[str], after: list[str], kind: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refusal(main, [value], here, capsys)
+    for value in ODD[kind]:
+        refusal(main, [*before, value, *after], here, capsys)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +149,12 @@ def test_folders_of_results_are_looked_at_first(
         (run.main, "--study smoke --set pretrained=~/absent.pth backbone=resnet18", "/absent.pth: there is no such f"),
         (run.main, "--study smoke --data-root folder", "Market-1501"),
         (run.main, "--study smoke --output file", "--output: file/smoke: cannot be made, file is a file"),
+        (run.main, "--study smoke --storage postgresql", "--storage postgresql: the address is missing; expected"),
+        (run.main, "--study smoke --storage sqlite://", "need a database in a file; expected sqlite:///PATH"),
+        (run.main, "--study smoke --storage mysql://u@h/d", "unknown kind of storage 'mysql'"),
+        (run.main, "--study smoke --storage=", "--storage is empty; expected"),
+        (run.main, "--study smoke --status", "(there is no "),
+        (slurm.main, "-- --study smoke --storage mysql://u@h/d", "unknown kind of storage 'mysql'"),
         (train.main, "--seed 2147483648", "--seed: expected a whole number from 0 to 2147483647, got '2147483648'"),
         (train.main, "--seed 3 --set seed=4", "--seed 3 and --set seed=4: keep one of the two"),
         (train.main, "--target Market1501", "unknown target of Protocol-3 'Market1501' (did you mean 'market1501'?)"),
@@ -145,7 +163,7 @@ def test_folders_of_results_are_looked_at_first(
         (evaluate.main, "--checkpoint file --target PRID", "unknown data set 'PRID' (did you mean 'prid'?)"),
         (evaluate.main, "--checkpoint folder --target prid", "is a folder, expected a file; a run writes it as"),
         (step_cost.main, "--methods LDA", "unknown method 'LDA' (did you mean 'lda'?)"),
-        (step_cost.main, "--rounds 101", "--rounds: 101 need 161 steps with what comes before and after, and the settings"),
+        (step_cost.main, "--rounds 101", "--rounds: 101 need 161 steps with what comes before and after, and the se"),
         (slurm.main, "-- --study smoke --storage journal", "there is no SLURM here"),
         (slurm.main, "-- --storage journal", "--study NAME is missing behind --"),
         (slurm.main, "--slurm partition -- --study smoke --storage journal", "expected KEY=VALUE"),
@@ -217,7 +235,7 @@ def test_a_dry_run_knows_the_study_in_its_folder(here: Path, capsys: pytest.Capt
     from sweeps.plan.spec import flat
 
     file = study(here)
-    StudyFolder(here / "out" / "mine").write_study(flat(resolve(load(file), file)))
+    StudyFolder(here / "out" / "mine").write_study({"study": "mine", **flat(resolve(load(file), file))})
     told = refusal(run.main, ["--study", str(file), "--output", "out", "--seed", "5", "--dry-run"], here, capsys)
     assert "study 'mine' was begun with other settings: seed (0 before, 5 now)" in told
 
@@ -248,9 +266,8 @@ def test_the_home_folder_has_its_sign_in_every_path(here: Path, monkeypatch: pyt
     assert doctor.parse_arguments(["--data-root", "~/folder"]).data_root == here / "folder"
     assert standin.parse_arguments(["--output", "~/s", "--contact-sheet", "~/s.png"]).contact_sheet == here / "s.png"
     assert person_search.parse_arguments(["--input", "~/folder", "--output", "~/o"]).output == here / "o"
-    assert expanded("journal:~/a.log") == f"journal:{here}/a.log"
-    assert expanded("sqlite:///~/a.db") == f"sqlite:///{here}/a.db"
-    assert expanded("postgresql://u@h/~d") == "postgresql://u@h/~d"
+    assert storage_url("journal:~/a.log", here) == f"journal:{here}/a.log"
+    assert storage_url("sqlite:///~/a.db", here) == f"sqlite:///{here}/a.db"
 
 
 def test_a_folder_that_can_be_made_is_not_made(here: Path) -> None:

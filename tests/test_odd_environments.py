@@ -60,6 +60,8 @@ COMMANDS = [
     Command("buffer_bank", f"{BANK} {{world}}/done --output out --layers bn1 --channels 8", quick=False),
     Command("report", f"{REPOSITORY}/analysis/report.py {{world}}/done --output out", quick=False),
     Command("report_help", f"{REPOSITORY}/analysis/report.py --help", quick=False),
+    Command("carry_in", "-m sweeps.carry import {world}/trained/checkpoint.pt --output out", code=2),  # no such file
+    Command("carry_out", "-m sweeps.carry export {world}/sets out", frozenset({"storage"}), code=2),  # no study
     Command("dry_run", f"{RUN} --study {{world}}/mine.yaml --output out --dry-run", STUDY, quick=False),
     Command("standin", "-m lda.data.standin --output out --scale tiny", quick=False),
     Command("person_search", "-m lda.data.person_search --input {world} --output out", code=2),  # no release there
@@ -158,7 +160,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIO
 NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
 ODDITIES = {
-    "ASCII": Oddity(ASCII, also=("dry_run",)),
+    "ASCII": Oddity(ASCII),
     "ASCII by name": Oddity({"PYTHONIOENCODING": "ascii"}),
     "Latin-1": Oddity({"PYTHONIOENCODING": "latin-1:strict"}),
     "a locale that is not installed": Oddity({"LC_ALL": "xx_YY.UTF-8", "LANG": "xx_YY.UTF-8"}),
@@ -252,3 +254,19 @@ def test_a_command_works_or_is_refused_in_one_line(
 ) -> None:
     reads_more = any(part in command.arguments for part in ("/tiny", "/trained")) and oddity.refused(command) is None
     play(command, oddity, request.getfixturevalue("whole_world" if reads_more else "world"), tmp_path)
+
+
+def test_signs_are_spelt_out_where_a_locale_lacks_them(world: Path, tmp_path: Path) -> None:
+    (dry_run,) = [command for command in COMMANDS if command.name == "dry_run"]
+    environment = {**os.environ, **PLAIN, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        dry_run.line(world), cwd=tmp_path, env=environment, capture_output=True, encoding="ascii", check=True
+    )
+    assert "mine: Etude: 1 +- 2 -> 3" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_has_seen_enough_hears_no_word(tmp_path: Path) -> None:
+    script = f"{sys.executable} {RUN} --list | head -1"
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (len(done.stdout.splitlines()), done.stderr) == (1, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -439,7 +440,7 @@ def test_single_gallery_shot_with_nothing_to_draw_is_the_usual_cmc() -> None:
     """One image of everybody: every draw is the whole gallery."""
     case = gaussian_case(5, num_query=20, num_gallery=20)
     case |= {"gallery_pids": torch.arange(20), "query_pids": torch.arange(20).flip(0)}
-    case |= {"query_camids": torch.zeros(20), "gallery_camids": torch.ones(20)}
+    case |= {"query_camids": torch.zeros(20).long(), "gallery_camids": torch.ones(20).long()}
     assert evaluate_ranking(**case, single_gallery_shot=True) == evaluate_ranking(**case)
 
 
@@ -736,3 +737,58 @@ def test_cuda_scores_are_ranked_on_their_device_whatever_holds_the_ids() -> None
     case = map_case(1)
     on_gpu = {**case, "query_pids": torch.tensor(case["query_pids"]).cuda()}
     assert_same(rank_encodings(MapMatcher(50), **on_gpu), rank_encodings(MapMatcher(50), **case))
+
+
+# --- kinds of ids ----------------------------------------------------------------------------------------------------
+
+INTEGERS: list[Callable[[list[int]], Any]] = [
+    list,
+    tuple,
+    *(
+        lambda ids, kind=kind: np.array(ids, kind)
+        for kind in ("uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+    ),
+    *(
+        lambda ids, kind=kind: torch.tensor(ids, dtype=kind)
+        for kind in (torch.uint8, torch.int16, torch.int32, torch.int64)
+    ),
+    lambda ids: torch.tensor(ids, dtype=torch.int64).to(torch.uint16),
+]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_integer_type_gives_the_same_numbers(seed: int) -> None:
+    """As uint8 a person 255 was taken for junk, and lost its gallery images."""
+    draw = np.random.default_rng(seed)
+    pids = [[255, *draw.integers(250, 256, 11).tolist()], [255, *draw.integers(250, 256, 29).tolist()]]
+    camids = [draw.integers(0, 6, len(ids)).tolist() for ids in pids]
+    query, gallery = (torch.tensor(draw.normal(size=(len(ids), 8)), dtype=torch.float32) for ids in pids)
+    expected = evaluate_ranking(query, gallery, *(torch.tensor(ids) for ids in (*pids, *camids)))
+    for kind in INTEGERS:
+        assert evaluate_ranking(query, gallery, *(kind(ids) for ids in (*pids, *camids))) == expected
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [
+        ([1.0, 2.0], "list of float64"),
+        (np.array([1, 2], float), "ndarray of float64"),
+        (torch.tensor([1.0, 2.0]), "a tensor of torch.float32"),
+        (torch.tensor([1, 2], dtype=torch.complex64), "a tensor of torch.complex64"),
+        ([True, False], "list of bool"),
+        (torch.tensor([True, False]), "a tensor of torch.bool"),
+        (["1", "2"], "list of <U1"),
+        ([1, None], "list of mixed values"),
+        ([[1], [2, 3]], "list of mixed values"),
+        (np.array([0, 2**64 - 1], "uint64"), "below 2^63, got 18446744073709551615"),
+    ],
+)
+def test_every_other_kind_of_ids_is_told(ids: Any, told: str) -> None:
+    features = torch.eye(2)
+    with pytest.raises(UsageError, match=re.escape(told)):
+        evaluate_ranking(features, features, ids, [1, 2], [0, 0], [1, 1])
+
+
+def test_features_that_are_no_tensor_are_told() -> None:
+    with pytest.raises(UsageError, match="query: expected a tensor of features, got ndarray"):
+        evaluate_ranking(np.eye(2), torch.eye(2), [1, 2], [1, 2], [0, 0], [1, 1])  # type: ignore[arg-type]

@@ -256,7 +256,7 @@ def test_metrics_survive_a_half_written_line_and_rewind(tmp_path: Path) -> None:
 def test_environment_names_the_runs_parents() -> None:
     env = environment("cpu")
     assert env["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert set(env) == {"commit", "dirty", "python", "versions", "host", "platform", "device", "command"}
+    assert set(env) == {"code", "commit", "dirty", "python", "versions", "host", "platform", "device", "command"}
     json.dumps(env)
 
 

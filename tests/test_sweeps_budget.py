@@ -11,7 +11,7 @@ import optuna
 import pytest
 from studies import Command, no_leftovers
 
-from sweeps.list.ledger import Configuration, configurations
+from sweeps.list.attempts import Configuration, configurations
 from sweeps.list.storage import open_storage, storage_url
 
 __all__ = ["no_leftovers"]

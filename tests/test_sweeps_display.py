@@ -19,7 +19,8 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from lda.files import write_json
-from sweeps.list.ledger import UNIT, Budget, Ledger, configurations
+from sweeps.list.attempts import UNIT, configurations
+from sweeps.list.ledger import Budget, Ledger
 from sweeps.list.storage import open_storage, storage_url
 from sweeps.list.study import create_or_load, enqueue_first_points
 from sweeps.plan.space import distributions

@@ -10,8 +10,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from sweeps.list.attempts import Configuration, configurations
 from sweeps.list.jobs import search_job
-from sweeps.list.ledger import Budget, Configuration, Ledger, configurations
+from sweeps.list.ledger import Budget, Ledger
 from sweeps.list.storage import open_storage, storage_url
 from sweeps.list.study import (
     best_configurations,

@@ -11,7 +11,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sweeps.list.ledger import UNIT, Budget, Ledger, fault
+from sweeps.list.attempts import UNIT, fault
+from sweeps.list.ledger import Budget, Ledger
 from sweeps.list.storage import open_storage, storage_url
 from sweeps.list.study import create_or_load
 from sweeps.plan.space import Axis, distributions
@@ -139,7 +140,10 @@ def test_twins_count_once(url: str) -> None:
     first, second = work.ask(SPACE, "a"), work.ask(SPACE, "b")
     assert first is not None
     assert second is None
-    assert len(work.configurations()) == 1
+    work.withdraw_twins()
+    assert [trial.state for trial in work.trials()] == [TrialState.RUNNING, TrialState.FAIL]
+    (only,) = work.configurations()
+    assert only.failures == 0
 
 
 def test_silent_workers_lose_their_trial(tmp_path: Path) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import optuna
 import pytest
 from postgres import PASSWORD, Server
 from studies import Command, no_leftovers, wait_for
 
 from lda.errors import UsageError
-from sweeps.list.storage import open_storage, storage_url
+from sweeps.list.addresses import storage_url
+from sweeps.list.storage import OUTAGE, StorageError, close_storage, open_storage, opened, patiently, reached, reason
+from sweeps.list.study import create_or_load
 
 pytest.importorskip("psycopg", reason="PostgreSQL needs psycopg, install lda-reid[postgresql]")
 
@@ -29,12 +33,11 @@ def server() -> Iterator[Server]:
 
 _OPEN = """
 import sys
-from sweeps.list.storage import open_storage
+from sweeps.list.storage import opened
 from sweeps.list.study import create_or_load
-storage = None
 sys.stdin.readline()
-storage = open_storage(sys.argv[1], 1, 3)
-create_or_load(storage, "race", lambda study: print("prepared"))
+with opened(sys.argv[1]) as storage:
+    create_or_load(storage, "race", lambda study: print("prepared"))
 """
 
 
@@ -51,6 +54,103 @@ def test_a_wrong_password_is_one_line_without_it(server: Server, tmp_path: Path)
         open_storage(storage_url(server.url.replace(PASSWORD, "gu3ss"), tmp_path), 1, 3)
     assert "password authentication failed" in str(error.value)
     assert "gu3ss" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def ordinary(server: Server, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database of a user whom limits hold for, with a study."""
+    url = storage_url(server.ordinary(), tmp_path_factory.getbasetemp())
+    with opened(url) as storage:
+        create_or_load(storage, "s", lambda study: None)
+    return url
+
+
+def test_whatever_opens_a_storage_closes_it(server: Server, ordinary: str) -> None:
+    """psycopg warns of a connection that is left to the garbage collector, and a warning is an error here."""
+    close_storage(open_storage(ordinary, 1, 3))
+    with opened(ordinary, reads_only=True) as storage:
+        optuna.load_study(study_name="s", storage=storage)
+    server.sql("DROP DATABASE IF EXISTS empty", "CREATE DATABASE empty OWNER study")
+    with (
+        pytest.raises(StorageError, match="there is no study in this database yet"),
+        opened(beside(ordinary, "empty"), reads_only=True),
+    ):
+        pass
+    gc.collect()
+    assert connections(server) == 0
+
+
+def beside(url: str, database: str) -> str:
+    """URL of another database of the same user."""
+    return f"{url.removesuffix('/study')}/{database}"
+
+
+def connections(server: Server) -> int:
+    """Of the ordinary user."""
+    import psycopg
+
+    with psycopg.connect(server.url) as own:
+        row = own.execute("SELECT count(*) FROM pg_stat_activity WHERE usename = 'study'").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_a_database_of_another_program_is_told(server: Server, ordinary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psycopg
+
+    monkeypatch.setattr("sweeps.list.storage._CREATION_SECONDS", 0.2)
+    server.sql("DROP DATABASE IF EXISTS other", "CREATE DATABASE other OWNER study")
+    other = beside(ordinary, "other")
+    with psycopg.connect(other.replace("+psycopg", ""), autocommit=True) as own:
+        own.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        with pytest.raises(StorageError, match=r"another program's \(it holds alembic_version\)"):
+            open_storage(other, 1, 3)
+        own.execute("DROP TABLE alembic_version")
+        own.execute("CREATE TABLE bills (id INTEGER)")
+    with opened(other) as storage:  # a server's database may hold other tables
+        create_or_load(storage, "s", lambda study: None)
+
+
+def test_a_read_only_database_is_one_line_and_can_be_read(server: Server, ordinary: str) -> None:
+    with opened(ordinary) as storage:
+        study = optuna.load_study(study_name="s", storage=storage)
+        server.sql("ALTER ROLE study SET default_transaction_read_only = on")
+        server.cut()
+        try:
+            with pytest.raises(StorageError, match=r"study:\*\*\*@.*: the database is read-only \(a standby"):
+                open_storage(ordinary, 1, 3)
+            with opened(ordinary, reads_only=True) as other:
+                assert optuna.study.get_all_study_names(other) == ["s"]
+            with pytest.raises(OUTAGE):
+                patiently(lambda: study.set_user_attr("a", 1), 0.5)
+            with pytest.raises(StorageError, match=r"in a read-only transaction$"), reached(ordinary):
+                study.set_user_attr("a", 1)
+        finally:
+            server.sql("ALTER ROLE study RESET default_transaction_read_only")
+            server.cut()
+        patiently(study.ask, 5)
+
+
+def test_a_limit_of_connections_is_an_outage(server: Server, ordinary: str) -> None:
+    with opened(ordinary) as storage:
+        study = optuna.load_study(study_name="s", storage=storage)
+        server.sql("ALTER ROLE study CONNECTION LIMIT 0")
+        server.cut()
+        try:
+            with pytest.raises(StorageError, match=r'too many connections for role "study"$'):
+                open_storage(ordinary, 1, 3)
+            with pytest.raises(OUTAGE) as error:
+                patiently(lambda: study.set_user_attr("a", 1), 0.5)
+            assert 'too many connections for role "study"' in reason(error.value)
+        finally:
+            server.sql("ALTER ROLE study CONNECTION LIMIT -1")
+        patiently(study.ask, 5)
+
+
+def test_a_user_who_may_make_no_tables_is_told_at_once(server: Server, ordinary: str) -> None:
+    server.sql("DROP DATABASE IF EXISTS hers", "CREATE DATABASE hers")
+    with pytest.raises(StorageError, match="permission denied for schema public"):
+        open_storage(beside(ordinary, "hers"), 1, 3)
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def nothing(slot: Slot, incarnation: int) -> Assignment:
-    return Assignment("s", {}, "", "", "", {}, "real", slot.index, 1, "", None)
+    return Assignment("s", {}, "", "", "", {}, "real", slot.index, 1, "", None, "")
 
 
 def supervised(folder: StudyFolder, attempts: Iterator[int]) -> None:

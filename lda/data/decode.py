@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def write_chunk(chunk: Chunk) -> tuple[int, str]:
     """Decode a chunk into its place of the packed file. Returns (images, SHA-256 of their bytes)."""
     images: NDArray[Any] = np.stack([decode(path, chunk.height, chunk.width) for path in chunk.paths])
     content = images.tobytes()
-    with chunk.file.open("r+b") as file:
+    descriptor = os.open(chunk.file, os.O_WRONLY | os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "wb") as file:  # of a descriptor: it truncates nothing
         file.seek(chunk.start * 3 * chunk.height * chunk.width)
         file.write(content)
     return len(images), hashlib.sha256(content).hexdigest()

@@ -25,6 +25,7 @@ class Assignment:
         threads: CPU threads of a unit.
         salt: differs whenever a sampler must not repeat another one's draws.
         until: no new configuration after this time (seconds since the epoch).
+        code: hash of the code that a worker must have; "" for any.
     """
 
     study: str
@@ -38,6 +39,7 @@ class Assignment:
     threads: int
     salt: str
     until: float | None
+    code: str
 
     def send(self, pipe: IO[bytes]) -> None:
         """Write it as one line."""

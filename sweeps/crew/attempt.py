@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,19 +14,28 @@ from typing import Any
 from optuna.trial import Trial
 
 from lda.config import Config
-from lda.runs import Result, UnitFolder
+from lda.errors import FolderInUseError
+from lda.files import cannot_write
+from lda.runs import Result, UnitFolder, is_finished
 from lda.tracking import RunLabels
 from lda.trainer import TrainingError
 from lda.unit import Progress, run_unit
 from sweeps.crew.assignment import Assignment
 from sweeps.crew.post import Post
+from sweeps.list.archive import Archive
+from sweeps.list.attempts import UNIT
 from sweeps.list.jobs import Job, is_default
-from sweeps.list.ledger import UNIT, Ledger
+from sweeps.list.ledger import Ledger
 from sweeps.plan.pruning import PrunedError, running_mean
 from sweeps.plan.spec import StudySpec
 from sweeps.study_folder import unit_name
 
-_FULL_DISK_SECONDS = 5.0
+_RETRY_SECONDS = 5.0
+_WAITING_SECONDS = 900.0
+
+
+class MachineError(Exception):
+    """This machine cannot run the unit; another one may."""
 
 
 @dataclass
@@ -37,6 +45,7 @@ class Attempt:
     Attributes:
         post: where it speaks and listens.
         search: work list of the search, for the scores of the defaults.
+        archive: where every machine finds what one of them finished; None where they share the study's folder.
         trial: Optuna's.
     """
 
@@ -44,6 +53,7 @@ class Attempt:
     assignment: Assignment
     spec: StudySpec
     search: Ledger
+    archive: Archive | None
     trial: Trial
     job: Job
     _scores: dict[str, float] = field(default_factory=dict)
@@ -67,13 +77,34 @@ class Attempt:
         return config.unit_hash(content["sources"], content["target"])
 
     def _recorded(self, target: str, config: Config) -> dict[str, Any] | None:
-        """What an earlier attempt, maybe on another machine, left of this unit in the storage."""
+        """What an earlier attempt, maybe on another machine, left of this unit in the storage.
+
+        Nothing where its files are gone: a power cut may take what the storage knows of.
+        """
         row: dict[str, Any] | None = self.trial.user_attrs.get(UNIT + target)
-        return row if row is not None and row["unit"] == self._unit(target, config) else None
+        if row is None or row["unit"] != self._unit(target, config):
+            return None
+        if is_finished(self.post.folder.path / self._place(target), row["unit"]) or self._lies_elsewhere(target, row):
+            return row
+        self.post.event("waiting", f"{self.job.title} {target} was finished and its files are gone: run again")
+        return None
+
+    def _lies_elsewhere(self, target: str, row: Mapping[str, Any]) -> bool:
+        """Whether a finished unit is in the archive, or at least was run on another disk."""
+        archive = self.archive
+        if archive is None:
+            return False
+        if (row["host"], row.get("folder")) != (platform.node(), str(self.post.folder.path)):
+            return True
+        return self.post.patiently(lambda: archive.holds(self._place(target), row["unit"]))
+
+    def _place(self, target: str) -> str:
+        """Of the unit's folder below the study's."""
+        return f"{self.job.trial}/{unit_name(target, self.job.seed)}"
 
     def _run(self, index: int, target: str, config: Config) -> dict[str, Any]:
         at = {"trial": self.job.trial, "target": target, "seed": self.job.seed}
-        self.post.say(state="running", **at, epoch=0, epochs=config.schedule.epochs)
+        self.post.say(state="running", attempt=self.trial.number, **at, epoch=0, epochs=config.schedule.epochs)
 
         def on_progress(progress: Progress) -> None:
             self.post.check()
@@ -82,12 +113,14 @@ class Attempt:
                 self.post.say(score=progress.score)
                 self._judge(index * config.schedule.epochs + progress.epoch, {**self._scores, target: progress.score})
 
-        folder = self.post.folder.unit(self.job.trial, target, self.job.seed)
-        unit = self._unit(target, config)
+        folder, unit = self.post.folder.path / self._place(target), self._unit(target, config)
         result = self._finished_elsewhere(folder, unit) or self._train(config, folder, target, on_progress)
         self.post.check()
         row = {"unit": result.unit, "mAP": result.mAP, "rank1": result.rank1, "seconds": result.seconds}
-        row |= {"score": result.selection.score, "host": platform.node()}
+        row |= {"score": result.selection.score, "host": platform.node(), "worker": self.post.worker}
+        row |= {"folder": str(self.post.folder.path)}
+        if (archive := self.archive) is not None:  # before the storage learns that the unit is done
+            self.post.patiently(lambda: archive.keep(self._place(target), unit, folder))
         self.post.patiently(lambda: self.trial.set_user_attr(UNIT + target, row))
         not_used = "" if result.selection.rule == "oracle" else ", not used"
         self.post.event(
@@ -98,9 +131,12 @@ class Attempt:
         return row
 
     def _train(self, config: Config, folder: Path, target: str, on_progress: Callable[[Progress], None]) -> Result:
-        """Run the unit; on a full disk wait for room and go on from the checkpoint, for no trial is to blame."""
-        full = False
+        """Run the unit; wait, and go on from the checkpoint, while its disk refuses: no trial is to blame for that.
+
+        Raises MachineError where the disk goes on refusing: another worker may have a better one.
+        """
         training = config.training_hash(self.assignment.contents[target]["sources"])
+        told, end = False, time.monotonic() + _WAITING_SECONDS
         while True:
             try:
                 return run_unit(
@@ -109,16 +145,22 @@ class Attempt:
                     data_root=Path(self.assignment.data_root),
                     labels=self._labels(target),
                     on_progress=on_progress,
+                    check=self.post.check,
                     trained=self.post.folder.trained(training),
                 )
+            except FolderInUseError as error:  # of a worker that is frozen, or asleep on another machine
+                reason = str(error)
             except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-                if isinstance(error, TrainingError) or not _disk_full(folder):
+                reason = cannot_write(folder.parent, _checkpoint_size(folder))
+                if isinstance(error, TrainingError) or not reason:
                     raise
-                if not full:
-                    self.post.event("waiting", f"{self.job.title} {target} waits: the disk of {folder} is full")
-                full = True
-                time.sleep(_FULL_DISK_SECONDS)
-                self.post.check()
+            if time.monotonic() > end:
+                raise MachineError(reason)
+            if not told:
+                self.post.event("waiting", f"{self.job.title} {target} waits: {reason}")
+            told = True
+            time.sleep(_RETRY_SECONDS)
+            self.post.check()
 
     def _judge(self, step: int, scores: Mapping[str, float]) -> None:
         """Report where the trial stands; confirmations are never judged."""
@@ -141,7 +183,7 @@ class Attempt:
 
     def _finished_elsewhere(self, folder: Path, unit: str) -> Result | None:
         """The result of the same unit in another trial of this study; its folder then stands here as a link."""
-        if folder.exists() or (other := self.post.folder.finished_unit(unit)) is None:
+        if os.path.lexists(folder) or (other := self.post.folder.finished_unit(unit)) is None:
             return None
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(os.path.relpath(other, folder.parent), target_is_directory=True)
@@ -159,8 +201,7 @@ class Attempt:
         )
 
 
-def _disk_full(folder: Path) -> bool:
-    """Whether there is no room for what a unit writes: one more checkpoint, or 16 MiB before the first."""
+def _checkpoint_size(folder: Path) -> int:
+    """Bytes of what a unit writes next: one more checkpoint, or 16 MiB before the first."""
     checkpoint = UnitFolder(folder).checkpoint
-    needed = checkpoint.stat().st_size if checkpoint.exists() else 2**24
-    return shutil.disk_usage(folder.parent).free < needed
+    return checkpoint.stat().st_size if checkpoint.exists() else 2**24

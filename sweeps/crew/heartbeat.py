@@ -1,4 +1,4 @@
-"""Signs of life of a running attempt, and the fence around a worker that could not give any."""
+"""Signs of life of a running attempt, the fence around a worker that could not give any, and the watch over a hang."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import threading
 import time
 from collections.abc import Callable
 
-import optuna
-from sqlalchemy.exc import DBAPIError
+from sweeps.list.storage import OUTAGE, reason
 
 EXIT_FENCED = 75  # EX_TEMPFAIL: nothing is wrong with the worker, it only lost touch
+EXIT_HUNG = 76
 
 
 def log(text: str) -> None:
@@ -24,6 +24,43 @@ def log(text: str) -> None:
 def _uptime() -> float:
     """Seconds of a clock that goes on while the machine sleeps (where there is one)."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+class Watchdog:
+    """Looks whether an attempt moves on while entered: a hang leaves the heart beating.
+
+    Args:
+        stalled: called once when nothing has moved for a sixth of `limit` seconds, with words.
+        hung: called when nothing has for all of it; then the process ends.
+    """
+
+    def __init__(self, stalled: Callable[[str], None], hung: Callable[[str], None], limit: float) -> None:
+        self._stalled, self._hung, self._limit = stalled, hung, limit
+        self._moved = time.monotonic()
+        self._told = False
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def moved(self) -> None:
+        """A step, a batch, or a wait that is known of."""
+        self._moved, self._told = time.monotonic(), False
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(1.0, self._limit / 20)):
+            still = time.monotonic() - self._moved
+            if still > self._limit:
+                self._hung(f"no step for {still / 60:.0f} min")
+                os._exit(EXIT_HUNG)
+            if still > self._limit / 6 and not self._told:
+                self._told = True
+                self._stalled(f"no step for {still / 60:.0f} min")
 
 
 class Heartbeat:
@@ -59,8 +96,8 @@ class Heartbeat:
             now = _uptime()
             try:
                 self._beat()
-            except (optuna.exceptions.StorageInternalError, DBAPIError) as error:
-                log(f"heartbeat not recorded, will try again: {error.__cause__ or error}")
+            except OUTAGE as error:
+                log(f"heartbeat not recorded, will try again: {reason(error)}")
                 continue
             self._last = now  # the time before the call: when exactly the database took it is unknown
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from sweeps.crew.heartbeat import Heartbeat, log
+from sweeps.crew.heartbeat import Heartbeat, Watchdog, log
 from sweeps.list.storage import patiently
 from sweeps.study_folder import EventKind, StudyFolder, WorkerSign
 
@@ -39,6 +39,7 @@ class Post:
         self._stop = stop
         self._sign = WorkerSign(folder, worker)
         self._heart: Heartbeat | None = None
+        self._watchdog: Watchdog | None = None
         self._status: dict[str, Any] = {}
         self._status_written = 0.0
 
@@ -58,7 +59,7 @@ class Post:
             self._status_written = time.monotonic()
             device = os.environ.get("CUDA_VISIBLE_DEVICES") or "cpu"
             with contextlib.suppress(OSError):  # as for events
-                self._sign.write({"worker": self.worker, "device": device, **self._status})
+                self._sign.write({"worker": self.worker, "pid": os.getpid(), "device": device, **self._status})
 
     @contextlib.contextmanager
     def heartbeat(self, record: Callable[[], None] | None) -> Iterator[None]:
@@ -75,6 +76,16 @@ class Post:
                 yield
             finally:
                 self._heart = None
+
+    @contextlib.contextmanager
+    def watchdog(self, stalled: Callable[[str], None], hung: Callable[[str], None], limit: float) -> Iterator[None]:
+        """Watch over a hang while entered; see `Watchdog`."""
+        with Watchdog(stalled, hung, limit) as watchdog:
+            self._watchdog = watchdog
+            try:
+                yield
+            finally:
+                self._watchdog = None
 
     def leave(self) -> None:
         """Leave in good order."""
@@ -97,8 +108,11 @@ class Post:
             self._heart.check()
 
     def check(self) -> None:
-        """As `fence`; raises Stopped when the worker must end. Called at every step and before every write."""
+        """As `fence`; raises Stopped when the worker must end. Called at every step and before every write, which also
+        says that the attempt moves on."""
         self.fence()
+        if self._watchdog is not None:
+            self._watchdog.moved()
         if self.stopped:
             raise Stopped
 

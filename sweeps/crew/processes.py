@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lda.errors import FailedError, UsageError
 from sweeps.crew.assignment import STOP_SECONDS, Assignment, End
-from sweeps.crew.heartbeat import EXIT_FENCED
+from sweeps.crew.heartbeat import EXIT_FENCED, EXIT_HUNG
 from sweeps.crew.slots import Slot
 from sweeps.study_folder import StudyFolder
 
@@ -37,6 +37,7 @@ class WorkerPool:
     ) -> None:
         self._slots, self._folder, self._assignment = slots, folder, assignment
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._closed: dict[str, str] = {}
         self._started = 0
         self._deaths_in_vain, self._attempts = 0, -1
 
@@ -44,9 +45,14 @@ class WorkerPool:
         """Start the workers that are missing. `attempts` counts those begun so far, by whomever.
 
         Raises UsageError when a worker found the data or the settings unusable, StudyError when workers keep dying
-        before they begin anything.
+        before they begin anything, or all are closed.
         """
+        if len(self._closed) == len(self._slots):
+            reason = next(iter(self._closed.values()))
+            raise StudyError(f"no worker of this machine can work: {reason}. Mend it; the same command goes on")
         for slot in self._slots:
+            if self._name(slot) in self._closed:
+                continue
             process = self._processes.get(slot.index)
             if process is not None:
                 if process.poll() is None:
@@ -84,7 +90,31 @@ class WorkerPool:
         return process
 
     def _log(self, slot: Slot) -> Path:
-        return self._folder.workers / f"{platform.node()}-{slot.index}.log"
+        return self._folder.workers / f"{self._name(slot)}.log"
+
+    @property
+    def open(self) -> list[str]:
+        """Names of the slots that work, host-index."""
+        return [name for slot in self._slots if (name := self._name(slot)) not in self._closed]
+
+    def close(self, name: str, reason: str) -> None:
+        """Stop a slot for good."""
+        self._closed[name] = reason
+        for slot in self._slots:
+            if self._name(slot) == name and (process := self._processes.pop(slot.index, None)) is not None:
+                _end(process)
+
+    def kill_process(self, pid: int) -> bool:
+        """SIGKILL a worker of this pool, children included. Returns whether it was one."""
+        for process in self._processes.values():
+            if process.pid == pid and process.poll() is None:
+                _kill(process)
+                return True
+        return False
+
+    @staticmethod
+    def _name(slot: Slot) -> str:
+        return f"{platform.node()}-{slot.index}"
 
     def stop(self) -> None:
         """Close every worker's stdin, give its unit time to end, then use force."""
@@ -99,11 +129,24 @@ class WorkerPool:
     def kill(self) -> None:
         """SIGKILL what still runs, children included."""
         for process in self._processes.values():
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            _kill(process)
             _last_word(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop one process in good order, or by force."""
+    _hang_up(process)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    _kill(process)
+    _last_word(process)
 
 
 def _hang_up(process: subprocess.Popen[bytes]) -> None:
@@ -129,4 +172,5 @@ def _how(end: End | None, code: int) -> str:
         return f"failed: {end.text}"
     if code < 0:
         return f"was killed by signal {-code}"
-    return "lost touch with the storage" if code == EXIT_FENCED else f"ended with exit code {code}"
+    words = {EXIT_FENCED: "lost touch with the storage", EXIT_HUNG: "hung and gave its trial away"}
+    return words.get(code, f"ended with exit code {code}")

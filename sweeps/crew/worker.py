@@ -25,17 +25,20 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
 
+from lda.code import this_code
 from lda.command import open_streams
 from lda.errors import UsageError
 from lda.trainer import TrainingError
 from sweeps.crew.assignment import STOP_SECONDS, Assignment, End
-from sweeps.crew.attempt import Attempt
+from sweeps.crew.attempt import Attempt, MachineError
 from sweeps.crew.heartbeat import log
 from sweeps.crew.post import Post, Stopped
+from sweeps.list.archive import open_archive
+from sweeps.list.attempts import Kind
 from sweeps.list.jobs import Job, job_of
-from sweeps.list.ledger import Budget, Kind, Ledger
-from sweeps.list.storage import StorageError, open_storage
-from sweeps.list.study import confirm_study, confirmation_budget, distributions_of, search_budget
+from sweeps.list.ledger import Budget, Ledger
+from sweeps.list.storage import StorageError, close_storage, open_storage
+from sweeps.list.study import confirm_study, confirmation_budget, distributions_of, search_budget, token_of
 from sweeps.plan.pruning import PrunedError, build_pruner
 from sweeps.plan.spec import StudySpec, from_dict
 from sweeps.study_folder import EventKind, StudyFolder
@@ -58,13 +61,20 @@ class Worker:
     """Runs attempts until it is stopped."""
 
     def __init__(self, assignment: Assignment, stop: threading.Event) -> None:
+        if assignment.code and assignment.code != this_code().digest:
+            raise UsageError(
+                "the code was changed while the study ran, and its next workers would run the new one; go back to the "
+                "old one, or give --allow-mixed-code"
+            )
         self.assignment = assignment
         self.spec = from_dict(assignment.spec)
         worker = f"{platform.node()}-{assignment.slot}-{uuid.uuid4().hex[:6]}"
         folder = StudyFolder(Path(assignment.folder))
         self.post = Post(folder, worker, self.spec.heartbeat_seconds, self.spec.grace_seconds, stop)
         self.storage = self._connect()
-        self.search = self._open(assignment.study, search_budget(self.spec, assignment.until))
+        budget = search_budget(self.spec, assignment.until)
+        self.search = self.post.patiently(lambda: self._open(assignment.study, budget))
+        self.archive = self.post.patiently(lambda: open_archive(self.storage, token_of(self.search.study)))
         self.confirm: Ledger | None = None
         self.distributions = distributions_of(self.spec)
 
@@ -94,14 +104,17 @@ class Worker:
         Raises what an attempt raised, a bug included, when that was told to the storage: what comes next then needs a
         fresh process, for a GPU may be in any state.
         """
-        while not self.post.stopped:
-            taken = self._take()
-            if taken is None:
-                self.post.say(state="waiting for work")
-                self.post.wait(_IDLE_SECONDS)
-                continue
-            self._attempt(*taken)
-        self.post.leave()
+        try:
+            while not self.post.stopped:
+                taken = self._take()
+                if taken is None:
+                    self.post.say(state="waiting for work")
+                    self.post.wait(_IDLE_SECONDS)
+                    continue
+                self._attempt(*taken)
+            self.post.leave()
+        finally:
+            close_storage(self.storage)
 
     def _take(self) -> tuple[Ledger, Trial] | None:
         trial = self.post.patiently(lambda: self.search.ask(self.distributions, self.post.worker))
@@ -109,7 +122,8 @@ class Worker:
             return self.search, trial
         if self.confirm is None and self.spec.confirm.seeds:
             try:
-                self.confirm = self._open(confirm_study(self.assignment.study), confirmation_budget(self.spec))
+                name, budget = confirm_study(self.assignment.study), confirmation_budget(self.spec)
+                self.confirm = self.post.patiently(lambda: self._open(name, budget))
             except KeyError:
                 return None  # the search is not over
         if self.confirm is None:
@@ -121,10 +135,17 @@ class Worker:
     def _attempt(self, ledger: Ledger, trial: Trial) -> None:
         """Run an attempt; whatever happens, the storage learns how it ended."""
         job = job_of(self.spec, trial)
-        with self.post.heartbeat(ledger.heartbeat(trial.number)):
+        with (
+            self.post.heartbeat(ledger.heartbeat(trial.number)),
+            self.post.watchdog(
+                lambda how: self.post.event("waiting", f"{job.title}: {how}"),
+                lambda how: self._fail(ledger, trial, job, "lost", how),
+                self.spec.stall_seconds,
+            ),
+        ):
             self.post.event("started", f"{job.title} started ({job.settings})")
             try:
-                score = Attempt(self.post, self.assignment, self.spec, self.search, trial, job).score()
+                score = Attempt(self.post, self.assignment, self.spec, self.search, self.archive, trial, job).score()
                 self.post.fence()
                 self.post.patiently(lambda: ledger.study.tell(trial, score, skip_if_finished=True))
                 self.post.event("complete", f"{job.title} complete: score {score:.1%}")
@@ -136,6 +157,9 @@ class Worker:
                 self._fail(ledger, trial, job, "interrupted", "stopped by the user")
             except TrainingError as error:
                 self._fail(ledger, trial, job, "final", str(error))
+            except MachineError as error:
+                self._fail(ledger, trial, job, "interrupted", str(error))
+                raise
             except UsageError as error:
                 self._fail(ledger, trial, job, "interrupted", str(error))
                 raise
@@ -174,6 +198,7 @@ def main() -> int:
     open_streams()
     coordinator = _private_stdout()
     assignment, stop = Assignment.receive(sys.stdin.buffer), threading.Event()
+    this_code()  # as it was imported, not as it may be in an hour
     threading.Thread(target=_watch_stdin, args=(stop,), daemon=True).start()
     try:
         Worker(assignment, stop).run()

@@ -9,7 +9,7 @@ from typing import Any
 from optuna.trial import Trial
 
 from lda.config import METHOD
-from sweeps.list.ledger import Configuration, given_method
+from sweeps.list.attempts import Configuration, given_method
 from sweeps.plan.spec import StudySpec, named_point, unnamed_point
 from sweeps.study_folder import trial_name
 

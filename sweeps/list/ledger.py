@@ -1,21 +1,18 @@
 """What has to be run, what runs, what failed: read from the study's Optuna storage, which is the only work list.
 
-An Optuna trial is one attempt. What is interrupted or fails is enqueued again as a new attempt with the same
-parameters; the attempts at the same parameters form a `Configuration`, named by the number of the first. That is what
-everything for people calls a trial: trial-0007 is a folder, however many attempts it took.
 Everything here may be done by several processes and machines at once: whatever they enqueue carries a key, and of two
 trials with one key only the first counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -24,87 +21,13 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lda.config import METHOD
-from sweeps.list.storage import turn
+from sweeps.list.attempts import UNIT, Configuration, Kind, configurations, fault, given_method
+from sweeps.list.machines import SICK, by_preference, excused, failures_at, slot_of
+from sweeps.list.storage import patiently, turn
 
-Kind = Literal["interrupted", "lost", "error", "final"]
-"""Why an attempt ended early: stopped by the user or with the whole study (does not count as a failure), its worker
-gone, an exception, or a failure of the configuration itself that a further attempt would only repeat."""
+_OWNING_SECONDS = 60.0  # an attempt that was taken waits so long for the database to note by whom
 
 Distributions = dict[str, BaseDistribution] | Callable[[str], dict[str, BaseDistribution]]
-
-UNIT = "unit:"
-"""Prefix of the trial attributes that hold the results of finished units."""
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One configuration and its attempts, oldest first."""
-
-    attempts: tuple[FrozenTrial, ...]
-
-    @property
-    def number(self) -> int:
-        """Number of the configuration: that of its first attempt."""
-        return self.attempts[0].number
-
-    @property
-    def last(self) -> FrozenTrial:
-        """The newest attempt."""
-        return self.attempts[-1]
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """Swept settings, those given in advance included: an attempt that waits has no others yet. With the method,
-        where several are compared."""
-        given = self.last.system_attrs.get("fixed_params", {})
-        return {**given_method(self.last.user_attrs), **given, **self.last.params}
-
-    @property
-    def failures(self) -> int:
-        """Attempts that failed, interruptions not counted."""
-        return sum(a.state == TrialState.FAIL and fault(a)[0] != "interrupted" for a in self.attempts)
-
-    @property
-    def begun(self) -> bool:
-        """Whether any attempt was ever started."""
-        return self.last.state != TrialState.WAITING or len(self.attempts) > 1
-
-    @property
-    def units(self) -> dict[str, dict[str, Any]]:
-        """Target -> the recorded result of its finished unit."""
-        attributes = self.last.user_attrs
-        return {key.removeprefix(UNIT): value for key, value in attributes.items() if key.startswith(UNIT)}
-
-    def given_up(self, retries: int) -> bool:
-        """Whether the configuration failed for good."""
-        failed = self.last.state == TrialState.FAIL
-        return failed and (fault(self.last)[0] == "final" or self.failures > retries)
-
-    def ended(self, retries: int) -> bool:
-        """Whether nothing more will happen to the configuration."""
-        return self.last.state in (TrialState.COMPLETE, TrialState.PRUNED) or self.given_up(retries)
-
-
-def fault(attempt: FrozenTrial) -> tuple[Kind, str]:
-    """(kind, reason) of an attempt that failed."""
-    recorded = attempt.user_attrs.get("fault")
-    if recorded is None:  # failed by Optuna, which leaves no room for a reason
-        return "lost", "its worker gave no sign of life for longer than grace_seconds"
-    return recorded["kind"], recorded["reason"]
-
-
-def configurations(trials: list[FrozenTrial]) -> list[Configuration]:
-    """The configurations among `trials`, by number; duplicates and trials given back at once are left out."""
-    keys: set[str] = set()
-    attempts: dict[int, list[FrozenTrial]] = defaultdict(list)
-    for trial in sorted(trials, key=lambda trial: trial.number):
-        key = trial.user_attrs.get("key")
-        if trial.user_attrs.get("withdrawn") or key in keys:
-            continue
-        if key is not None:
-            keys.add(key)
-        attempts[trial.user_attrs.get("root", trial.number)].append(trial)
-    return [Configuration(tuple(attempts[root])) for root in sorted(attempts)]
 
 
 @dataclass(frozen=True)
@@ -168,7 +91,16 @@ class Ledger:
 
     def configurations(self) -> list[Configuration]:
         """All configurations."""
-        return configurations(self.trials())
+        return configurations(self.trials(), excused(self.study.user_attrs))
+
+    def failures_of(self, slot: str) -> list[FrozenTrial]:
+        """What a slot failed since it last finished anything, oldest first; nothing that was excused."""
+        return failures_at(slot, slot_of, self.trials(), excused(self.study.user_attrs))
+
+    def excuse(self, slot: str, failed: Sequence[FrozenTrial]) -> None:
+        """Say that these failures were the slot's: they count against no configuration any more."""
+        numbers = [attempt.number for attempt in failed]
+        self.study.set_user_attr(f"{SICK}{slot}/{numbers[-1]}", {"attempts": numbers, "reason": fault(failed[-1])[1]})
 
     def enqueue(self, key: str, params: Mapping[str, Any], **attributes: Any) -> None:
         """Put a configuration on the list unless one with this key is there.
@@ -187,30 +119,49 @@ class Ledger:
         """
         while True:
             with turn(self.storage):
-                if not self._startable():
+                trial = self._taken(worker)
+                if trial is None:
                     return None
-                if callable(distributions):
-                    trial = self.study.ask()
-                    for name, distribution in distributions(trial.user_attrs[METHOD.name]).items():
-                        _suggest(trial, name, distribution)
-                else:
-                    trial = self.study.ask(distributions)
-            trial.set_user_attr("worker", worker)
+                # Until it has a worker it is nobody's: a link that is cut here costs a grace period, see `reap`.
+                patiently(lambda trial=trial: trial.set_user_attr("worker", worker), _OWNING_SECONDS)  # type: ignore[misc]
+                chosen = distributions(trial.user_attrs[METHOD.name]) if callable(distributions) else distributions
+                for name, distribution in chosen.items():
+                    _suggest(trial, name, distribution)
             if not self._surplus(trial.number):
                 return trial
             trial.set_user_attr("withdrawn", True)
             self.study.tell(trial, state=TrialState.FAIL)
 
-    def _startable(self) -> bool:
-        """Whether a further attempt waits, or a configuration may be begun."""
+    def _taken(self, worker: str) -> Trial | None:
+        """An attempt that waited, or a new one that the sampler may fill; nothing of Optuna's own order: a retry goes
+        to another worker than the one that failed it, as long as there is one."""
         known = self.configurations()
-        again = any(c.begun and c.last.state == TrialState.WAITING for c in known)
-        return again or self.budget.begins(known, time.time())
+        begins = self.budget.begins(known, time.time())
+        waiting = [c for c in known if c.last.state == TrialState.WAITING and (c.begun or begins)]
+        for configuration in by_preference(waiting, known, worker):
+            if (trial := self._started(configuration)) is not None:
+                return trial
+        if self.budget.proposes and begins and all(c.begun for c in waiting):
+            return Trial(self._view(), self.storage.create_new_trial(self._study_id))
+        return None
+
+    def _started(self, configuration: Configuration) -> Trial | None:
+        """Its waiting attempt, now running; None if another process was faster."""
+        number = configuration.last.number
+        trial_id = self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        try:
+            started = self.storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return None
+        return Trial(self._view(), trial_id) if started else None
+
+    def _view(self) -> Study:
+        """The study without the trials that a `Study` remembers between its own calls of `ask`."""
+        return Study(self.study.study_name, self.storage, sampler=self.study.sampler, pruner=self.study.pruner)
 
     def _surplus(self, number: int) -> bool:
         """Whether an attempt that was just begun is a duplicate, or begins a configuration that the budget has no room
-        for: two workers asked at the same moment for the last place, or a limit has passed and only a further attempt
-        of another configuration may be started (Optuna hands out what waits by number).
+        for: two workers asked at the same moment for the last place, or a limit has passed meanwhile.
 
         All see the same numbers, so exactly the later ones step back. Further attempts of a configuration never do: it
         was begun, and is brought to an end also when the budget was lowered meanwhile.
@@ -248,7 +199,17 @@ class Ledger:
         for trial in self.trials():
             nobody = trial.state == TrialState.RUNNING and "worker" not in trial.user_attrs
             if nobody and trial.datetime_start is not None and trial.datetime_start < oldest:
-                self.release(trial.number, "lost", "its worker died before it began")
+                self.release(trial.number, "interrupted", "it was taken by nobody: the storage did not answer")
+
+    def withdraw_twins(self) -> None:
+        """End what waits and nobody will take: two coordinators enqueued the same thing at the same moment."""
+        trials = self.trials()
+        listed = {attempt.number for known in configurations(trials) for attempt in known.attempts}
+        for twin in (t for t in trials if t.state == TrialState.WAITING and t.number not in listed):
+            trial_id = self.storage.get_trial_id_from_study_id_trial_number(self._study_id, twin.number)
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another coordinator was faster
+                self.storage.set_trial_user_attr(trial_id, "withdrawn", True)
+                self.storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
 
     def requeue(self) -> list[Configuration]:
         """Enqueue another attempt of everything that failed and may be retried. Returns those configurations."""
@@ -256,10 +217,15 @@ class Ledger:
             c for c in self.configurations() if c.last.state == TrialState.FAIL and not c.given_up(self.budget.retries)
         ]
         for configuration in again:
-            last = configuration.last
-            inherited = {k: v for k, v in last.user_attrs.items() if k.startswith(UNIT) or k == "job"}
-            self.enqueue(f"after-{last.number}", configuration.params, root=configuration.number, **inherited)
+            self.again(configuration)
         return again
+
+    def again(self, configuration: Configuration, without: Collection[str] = ()) -> None:
+        """Enqueue another attempt of what has ended. It need not run the targets that are done, except `without`."""
+        last = configuration.last
+        lost = [UNIT + target for target in without]
+        kept = {k: v for k, v in last.user_attrs.items() if (k.startswith(UNIT) and k not in lost) or k == "job"}
+        self.enqueue(f"after-{last.number}", configuration.params, root=configuration.number, **kept)
 
     def heartbeat(self, number: int) -> Callable[[], None] | None:
         """What records a sign of life for a running attempt; None for a journal file, which keeps none."""
@@ -268,11 +234,6 @@ class Ledger:
             return None
         trial_id = self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         return lambda: record(trial_id)
-
-
-def given_method(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry that names a method, where there is one."""
-    return {key: value for key, value in values.items() if key == METHOD.name}
 
 
 def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import TrialState
 
+from lda.code import describe, this_code
 from lda.config import METHOD
 from lda.errors import UsageError
 from lda.methods import CONTROL
+from sweeps.list.addresses import elsewhere, file_of, masked
+from sweeps.list.attempts import Configuration, configurations
 from sweeps.list.jobs import Job, is_default, search_job
-from sweeps.list.ledger import Budget, Configuration, Distributions, Ledger, configurations, point_key
-from sweeps.list.storage import masked, open_storage
+from sweeps.list.ledger import Budget, Distributions, Ledger, point_key
+from sweeps.list.machines import excused
+from sweeps.list.storage import file_behind, opened, reached
 from sweeps.plan.images import Data
 from sweeps.plan.space import distributions
 from sweeps.plan.spec import StudySpec, differences, from_dict, named_settings, same_study, to_dict
 from sweeps.plan.study_files import CONFIRMS
 from sweeps.study_folder import BASELINE, FORMAT, check_format
 
+TOKEN = "id"
+"""Attribute of a study, and key of study.json: random, so that no other study of the same name is taken for it."""
+
+_HINT = ", or say where it runs by --storage"
 _CREATION_SECONDS = 20.0  # a few dozen inserts; a creator that takes longer is dead
 
 
@@ -52,12 +63,20 @@ def create_or_load(storage: BaseStorage, name: str, prepare: Callable[[Study], N
     return study, created
 
 
-def open_search(storage: BaseStorage, name: str, spec: StudySpec, budget: Budget, data: Data) -> tuple[Ledger, bool]:
+def open_search(
+    storage: BaseStorage, name: str, spec: StudySpec, budget: Budget, data: Data, folder: Path, mixed_code: bool = False
+) -> tuple[Ledger, bool]:
     """(the work list of the search, whether this call created the study).
 
-    Creates the study, or checks that the one that exists is the same. Raises UsageError naming what differs from the
-    study as it was begun.
+    Creates the study, or checks that the one that exists is the same.
+
+    Args:
+        folder: where this machine keeps it.
+        mixed_code: go on with other code than the study was begun with.
+
+    Raises UsageError naming what differs from the study as it was begun.
     """
+    code = this_code()
 
     def prepare(study: Study) -> None:
         study.set_metric_names(["selection score"])
@@ -65,29 +84,52 @@ def open_search(storage: BaseStorage, name: str, spec: StudySpec, budget: Budget
         study.set_user_attr("spec", to_dict(spec))
         study.set_user_attr("contents", data.contents)
         study.set_user_attr("title", spec.title)
+        study.set_user_attr(TOKEN, uuid.uuid4().hex)
+        study.set_user_attr("code", {"digest": code.digest, "commit": code.commit, "dirty": code.dirty})
+        study.set_user_attr("place", [platform.node(), str(folder)])
         enqueue_first_points(spec, Ledger(storage, study, budget))
 
     study, created = create_or_load(storage, name, prepare)
     attributes = study.user_attrs
     check_format(attributes.get("format"), f"study {name!r} in its storage")
-    check_same(name, from_dict(attributes["spec"]), spec)
+    instead = elsewhere(file_behind(storage), name)
+    check_same(name, from_dict(attributes["spec"]), spec, instead)
     if attributes["contents"] != data.contents:
         raise UsageError(
             f"the images in {data.root} are not those that study {name!r} was begun with; restore them, or give "
-            "another --output"
+            f"{instead}"
         )
+    if not created:
+        _check_code(name, attributes.get("code"), mixed_code, instead)
     study.set_user_attr("spec", to_dict(spec))  # budgets may have changed; --join and --status read them here
     ledger = Ledger(storage, study, budget)
     enqueue_first_points(spec, ledger)  # the budget or the list of points may have grown
     return ledger, created
 
 
-def check_same(name: str, before: StudySpec, now: StudySpec) -> None:
-    """Raises UsageError naming what differs from the study as it was begun."""
+def _check_code(name: str, begun: dict[str, Any] | None, mixed: bool, instead: str) -> None:
+    """Raises UsageError when a study was begun by other code, unless results of both are wanted in one table."""
+    now = this_code()
+    if begun is None or begun["digest"] == now.digest or mixed:  # None: of before this was noted
+        return
+    raise UsageError(
+        f"study {name!r} was begun with other code ({describe(begun['commit'], begun['dirty'])}; this is "
+        f"{describe(now.commit, now.dirty)}). Go on with that code, or give --allow-mixed-code, which tables will say, "
+        f"or {instead}"
+    )
+
+
+def token_of(study: Study) -> str:
+    """What names this very study for ever, whatever others are called."""
+    return str(study.user_attrs.get(TOKEN, study.study_name))
+
+
+def check_same(name: str, before: StudySpec, now: StudySpec, instead: str = "another --output") -> None:
+    """Raises UsageError naming what differs from the study as it was begun; `instead` is what begins another one."""
     found = differences(same_study(before), same_study(now))
     if found:
         raise UsageError(
-            f"study {name!r} was begun with other settings: {'; '.join(found)}. Give the old ones, or another --output"
+            f"study {name!r} was begun with other settings: {'; '.join(found)}. Give the old ones, or {instead}"
         )
 
 
@@ -103,23 +145,41 @@ class Found:
 
 def running_study(study: str, url: str, folder: Path) -> Found:
     """Read a study from its storage. Raises UsageError when there is none."""
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
-        raise UsageError(f"no study {study!r} in {folder} yet; start it first")
-    storage = open_storage(url, 60, 180)
+    if (file := file_of(url)) is not None and not file.exists():
+        raise UsageError(f"no study {study!r} in {folder} yet; start it first{_HINT} (there is no {file})")
+    with reached(url), opened(url, reads_only=True) as storage:
+        return _read(study, storage, masked(url))
+
+
+def _read(study: str, storage: BaseStorage, where: str) -> Found:
     try:
         loaded = optuna.load_study(study_name=study, storage=storage)
     except KeyError:
-        raise UsageError(f"no study {study!r} in {masked(url)} yet; start it first") from None
+        names = [name for name in optuna.study.get_all_study_names(storage) if not name.endswith(confirm_study(""))]
+        held = f"it holds {', '.join(sorted(names)[:10])}" if names else "it holds none"
+        raise UsageError(f"no study {study!r} in {where} yet; start it first{_HINT} ({held})") from None
     if "format" not in loaded.user_attrs and "spec" not in loaded.user_attrs:
         raise UsageError(f"study {study!r} is still being set up, try again in a moment")
-    check_format(loaded.user_attrs.get("format"), f"study {study!r} in {masked(url)}")
+    check_format(loaded.user_attrs.get("format"), f"study {study!r} in {where}")
     if "spec" not in loaded.user_attrs:
         raise UsageError(f"study {study!r} is still being set up, try again in a moment")
     spec = from_dict(loaded.user_attrs["spec"])
     confirm: list[Configuration] = []
     with contextlib.suppress(KeyError):  # the search is not over
-        confirm = configurations(optuna.load_study(study_name=confirm_study(study), storage=storage).get_trials())
-    return Found(spec, search_budget(spec), configurations(loaded.get_trials()), confirm)
+        confirm = _configurations(optuna.load_study(study_name=confirm_study(study), storage=storage))
+    return Found(spec, search_budget(spec), _configurations(loaded), confirm)
+
+
+def _configurations(study: Study) -> list[Configuration]:
+    return configurations(study.get_trials(), excused(study.user_attrs))
+
+
+def is_known(study: str, url: str) -> bool:
+    """Whether a storage has a study of this name; makes no database."""
+    if (file := file_of(url)) is not None and not file.exists():
+        return False
+    with reached(url), opened(url) as storage:
+        return study in optuna.study.get_all_study_names(storage)
 
 
 # --- the search ------------------------------------------------------------------------------------------------------

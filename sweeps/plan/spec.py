@@ -114,6 +114,7 @@ class StudySpec:
         seed: of the sampler and of the search's units; confirmation takes the seeds after it.
         heartbeat_seconds: how often a worker says that it lives.
         grace_seconds: a worker silent for this long has lost its trial.
+        stall_seconds: a worker that lives and makes no step for this long gives its trial away; a sixth of it is said.
     """
 
     title: str
@@ -131,6 +132,7 @@ class StudySpec:
     seed: Annotated[int, Field(ge=0, le=HIGHEST_STUDY_SEED)] = 0
     heartbeat_seconds: Positive = 20
     grace_seconds: Positive = 120
+    stall_seconds: Positive = 3600
 
     def config(self, target: str, seed: int, changes: Mapping[str, Any]) -> Config:
         """The settings of one unit. Raises UsageError naming the setting at fault."""
@@ -302,7 +304,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
 def same_study(spec: StudySpec) -> dict[str, Any]:
     """The part of a spec that must not change while a study lasts: all but titles, budgets, retries, confirmation."""
     plain = to_dict(spec)
-    for key in ("title", "cost", "confirm", "compare", "heartbeat_seconds", "grace_seconds"):
+    for key in ("title", "cost", "confirm", "compare", "heartbeat_seconds", "grace_seconds", "stall_seconds"):
         del plain[key]
     if spec.compare:  # a method that joins brings its own
         del plain["methods"]

@@ -11,8 +11,9 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from sweeps.list.attempts import Configuration, fault
 from sweeps.list.jobs import configuration_job, is_default
-from sweeps.list.ledger import Budget, Configuration, device_seconds, fault
+from sweeps.list.ledger import Budget, device_seconds
 from sweeps.list.study import best_configurations
 from sweeps.plan.spec import StudySpec
 from sweeps.study_folder import Event, StudyFolder

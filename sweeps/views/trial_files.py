@@ -12,8 +12,8 @@ from typing import Any
 from optuna.trial import TrialState
 
 from lda.files import write_json
+from sweeps.list.attempts import Configuration, fault
 from sweeps.list.jobs import Job, configuration_job
-from sweeps.list.ledger import Configuration, fault
 from sweeps.plan.spec import StudySpec
 from sweeps.study_folder import StudyFolder, is_numbered, unit_name
 
