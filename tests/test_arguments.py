@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +248,43 @@ def test_a_study_has_a_name_that_folders_and_storages_take(
 ) -> None:
     study(here).rename(here / f"{name}.yaml")
     assert "a study has the name of its file" in refusal(run.main, ["--study", f"./{name}.yaml"], here, capsys)
+
+
+# --- rules for whoever adds a command --------------------------------------------------------------------------------
+
+
+def calls() -> Iterator[tuple[str, ast.Call]]:
+    """(file:line, call) of every call in the packages."""
+    for package in ("lda", "sweeps", "analysis"):
+        for file in sorted((REPOSITORY / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call):
+                    yield f"{file.relative_to(REPOSITORY)}:{node.lineno}", node
+
+
+def test_every_command_has_the_parser_that_checks() -> None:
+    plain = [
+        where for where, call in calls() if ast.unparse(call.func) in ("ArgumentParser", "argparse.ArgumentParser")
+    ]
+    assert plain == []
+
+
+def test_text_is_utf_8_whatever_the_locale() -> None:
+    """Without an encoding a file is read and written in that of whoever runs the command."""
+    forgetful = []
+    for where, call in calls():
+        name, named = ast.unparse(call.func), {keyword.arg for keyword in call.keywords}
+        texts = [str(given.value) for given in call.args if isinstance(given, ast.Constant)]
+        mode = next((given for given in texts if re.fullmatch("[rwax][bt+]*", given)), "r")
+        opens = name in ("open", "os.fdopen") or (name.endswith(".open") and name.split(".")[0] not in NO_TEXT)
+        if name.endswith((".read_text", ".write_text")) or (opens and "b" not in mode):
+            forgetful += [where] * ("encoding" not in named)
+        if any(keyword.arg in ("text", "universal_newlines") for keyword in call.keywords):
+            forgetful.append(where)
+    assert forgetful == []
+
+
+NO_TEXT = ("Image", "os", "tarfile", "lzma", "zipfile", "webbrowser")
 
 
 # --- paths -----------------------------------------------------------------------------------------------------------
