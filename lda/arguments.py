@@ -7,6 +7,7 @@ comes from elsewhere. `~` is the home folder in every path, quoted or not. No to
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -130,6 +131,11 @@ def path(given: str) -> Path:
         raise ArgumentError(
             f"{shown(given)}: too long; a path may have {_LONGEST_PATH} bytes and a name in it {_LONGEST_NAME}"
         )
+    try:
+        os.lstat(found / "x")
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ArgumentError(f"{found}: links that lead to each other without end") from None
     return found
 
 

@@ -50,6 +50,7 @@ def unknown(what: str, value: object, choices: Iterable[str]) -> str:
     """The line for a name that is not among `choices`, with the nearest valid one if any is near."""
     valid = list(choices)
     near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.4)
+    near = near or [choice for choice in valid if choice.lower() == str(value).lower()]  # names are in small letters
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     if len(valid) <= _LISTED:
         return f"unknown {what} {value!r}{hint}; expected one of: {', '.join(valid)}"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lda import methods
 from lda.arguments import ArgumentError, Parser, existing_file, existing_folder, whole
 from lda.command import exit_code, openmp_threads
 from lda.config import Config, check_keys, parse_overrides
@@ -39,6 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     options = parser.parse_args(arguments)
     facts(options.target)
+    methods.names()  # all folders of methods are there
     openmp_threads()
     check_cache()
     return options

@@ -20,12 +20,14 @@ from lda.arguments import Parser, existing_folder, names, whole
 from lda.command import exit_code, openmp_threads
 from lda.config import Config, parse_overrides, preset
 from lda.data.cache import check_cache
+from lda.errors import UsageError
 
 if TYPE_CHECKING:
     from lda.data.sources import Task
 
 # What imports torch is imported where it is needed: mistakes answer at once.
 
+_COUNTED = 12  # steps whose multiply-adds are counted
 _WARMUP = 48  # steps before anything is measured: some methods begin by steps that are cheaper
 
 
@@ -92,7 +94,7 @@ def table(recipe: str, changes: Mapping[str, Any], names: Sequence[str], task: T
     for _, one in itertools.product(range(rounds), steps.values()):
         one.time_one()
     plain = steps[methods.CONTROL]
-    counted = {name: one.multiply_adds(12) for name, one in steps.items()}
+    counted = {name: one.multiply_adds(_COUNTED) for name, one in steps.items()}
     lines = [f"{'method':12}{'declared':>10}{'counted':>10}{'time':>8}   (plain step: {_median(plain.seconds):.4f} s)"]
     for name, one in steps.items():
         ratios = [own / base for own, base in zip(one.seconds, plain.seconds, strict=True)]
@@ -138,6 +140,11 @@ def _measure(options: argparse.Namespace) -> None:
         methods.find(name)
     changes, recipe = {"threads": 1, **parse_overrides(options.set)}, "real" if options.data_root else "standin"
     config = preset(recipe, method=methods.CONTROL, **changes)
+    if (there := config.schedule.total_steps) < (needed := _WARMUP + options.rounds + _COUNTED):
+        raise UsageError(
+            f"--rounds: {options.rounds} need {needed} steps with what comes before and after, and the settings have "
+            f"{there}; give fewer, or --set steps_per_epoch={-(-needed // config.schedule.epochs)}"
+        )
     run, fraction = config.run, config.selection.validation_fraction
     root = options.data_root or ensure_standin()
     task = build_task(run.protocol, run.target, root, config.data, validation_fraction=fraction)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lda import config as configs
 from lda import methods
-from lda.arguments import HIGHEST_SEED, Parser, checked, existing_folder, output_folder, path, whole
+from lda.arguments import HIGHEST_SEED, Parser, checked, existing_folder, output_folder, whole
 from lda.command import exit_code, openmp_threads
 from lda.data.cache import check_cache
 from lda.errors import UsageError
@@ -36,7 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--seed", type=whole(0, HIGHEST_SEED), default=0, help="seed of weights, batches and augmentation"
     )
     parser.add_argument(
-        "--output", type=path, help="run folder (default: runs/train/<protocol>-<target>-<method>-s<seed>)"
+        "--output", type=output_folder, help="run folder (default: runs/train/<protocol>-<target>-<method>-s<seed>)"
     )
     parser.add_argument(
         "--set",

@@ -12,12 +12,14 @@ that both went on are refused: those are two studies by now.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import shutil
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,7 @@ def export_study(study: Path, file: Path, url: str, checkpoints: bool) -> None:
         raise UsageError(f"{study}: expected a study's folder (it holds {STUDY}), such as runs/protocol3")
     name = content["study"]
     found = running_study(name, url, study)
+    file.absolute().parent.mkdir(parents=True, exist_ok=True)
     with opened(url) as storage, tempfile.TemporaryDirectory(dir=file.absolute().parent, prefix=".carried.") as scratch:
         token = token_of(_study(storage, name))
         gathered = gather(found.spec, folder, open_archive(storage, token), [*found.search, *found.confirm])
@@ -155,8 +158,7 @@ def _sha256(path: Path) -> str:
 
 def import_study(file: Path, output: Path) -> None:
     """Make the study's folder below `output`, or add to it; all is checked before. Raises UsageError."""
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".carried.") as scratch:
+    with _made(output), tempfile.TemporaryDirectory(dir=output, prefix=".carried.") as scratch:
         carried = Path(scratch) / "study"
         manifest = _unpack(file, carried)
         (carried / MANIFEST).unlink()
@@ -170,6 +172,20 @@ def import_study(file: Path, output: Path) -> None:
         print(f"{manifest['study']}: {_finished(target) - before} finished units added to {target}, which had {before}")
 
 
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A folder that is there inside `with`; what was made of it is gone again when that ends in a refusal."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except UsageError:
+        for place in made:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                place.rmdir()
+        raise
+
+
 def _finished(study: Path) -> int:
     return sum(finished(unit) for trial in study.glob("trial-*") for unit in unit_folders(trial))
 
@@ -179,7 +195,7 @@ def _unpack(file: Path, into: Path) -> dict[str, Any]:
     try:
         with tarfile.open(file, "r:gz") as tar:
             tar.extractall(into, filter="data")
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise UsageError(f"{file}: expected a file that sweeps.carry export wrote: {error}") from None
     manifest = read_json(into / MANIFEST)
     if manifest.get("format") != _FORMAT:

@@ -49,7 +49,11 @@ def _run(module: str, *arguments: str, quiet: bool = False) -> bool:
     sys.stdout.flush()  # ours comes first also where stdout is a file
     stdout = subprocess.DEVNULL if quiet else None
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, errors="replace"
+        [sys.executable, "-m", module, *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -178,11 +178,12 @@ def _run(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     file = study_file(given.study)
     name = study_name(file)
     folder = given.output / name
+    if not given.status:
+        checked("--output", output_folder, folder)
     url = storage_url(asked_for(given.storage), folder)
     if given.status:
         _status(name, url, folder)
         return 0
-    checked("--output", output_folder, folder)
     check_cache()
     spec = _spec(given, file, url, folder)
     config = spec.config(spec.targets[0], spec.seed, {})

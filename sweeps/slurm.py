@@ -11,6 +11,7 @@ Needs submitit (install lda-reid[slurm]); `--cluster local` runs the tasks on th
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from typing import Any
 from lda.arguments import checked, output_folder, path, whole
 from lda.command import exit_code
 from lda.errors import UsageError
-from sweeps.list.addresses import VARIABLE, asked_for, has_password
+from sweeps.list.addresses import VARIABLE, asked_for, has_password, storage_url
 from sweeps.plan.study_files import study_file, study_name
 from sweeps.run import StudyParser, split_storage
 from sweeps.run import parser as run_parser
@@ -79,6 +80,8 @@ def _submit(given: argparse.Namespace) -> int:
     if task.study is None:
         raise UsageError("--study NAME is missing behind --")
     study = study_name(study_file(task.study))
+    checked("--output", output_folder, task.output / study)
+    storage_url(asked_for(task.storage), task.output / study)
     if given.cluster == "slurm" and (asked_for(task.storage) or "sqlite").startswith("sqlite"):
         raise UsageError(
             f"several nodes need --storage postgresql://... or journal (or {VARIABLE}); sqlite serves one machine"
@@ -87,7 +90,8 @@ def _submit(given: argparse.Namespace) -> int:
         raise UsageError(f"--storage: submitit would write the password to a file; put the URL into {VARIABLE} instead")
     options = slurm_options(given.slurm)
     checked("--logs", output_folder, given.logs)
-    checked("--output", output_folder, task.output / study)
+    if given.cluster == "slurm" and shutil.which("srun") is None:
+        raise UsageError("there is no SLURM here (no srun on PATH); --cluster local runs the tasks on this machine")
     executor = submitit.AutoExecutor(folder=given.logs, cluster=given.cluster)
     executor.update_parameters(name=f"lda-{study}", **options)
     jobs = executor.map_array(run_task, [run] * given.tasks)

@@ -197,7 +197,7 @@ class StudyFolder:
         """Ids of workers that ended without a word; `forget_worker` removes what they left."""
         for path in sorted(self.workers.glob("*.lock")):
             try:
-                with path.open("r+") as file:
+                with path.open("r+b") as file:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield path.stem
             except (FileNotFoundError, BlockingIOError):
@@ -216,7 +216,7 @@ class WorkerSign:
         self._folder, self._worker = folder, worker
         folder.workers.mkdir(parents=True, exist_ok=True)
         made = folder.workers / f".{worker}.lock"
-        self._lock: IO[str] = made.open("w")
+        self._lock: IO[str] = made.open("w", encoding="utf-8")
         fcntl.lockf(self._lock, fcntl.LOCK_EX)  # of the process: children do not inherit it
         os.replace(made, folder.workers / f"{worker}.lock")  # appears locked: no one can take it for a dead one's
 

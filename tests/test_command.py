@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,3 +77,37 @@ def test_cores_are_those_this_process_may_use() -> None:
     allowed = next(line for line in status.read_text().splitlines() if line.startswith("Cpus_allowed_list:"))
     counts = [part.split("-") for part in allowed.split(":")[1].strip().split(",")]
     assert command.cores() == sum(int(part[-1]) - int(part[0]) + 1 for part in counts)
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [(None, None), ("", None), ("  ", None), ("4", 4), ("4,2", 4), (" 3 , 2 ", 3), ("1024", 1024)],
+)
+def test_openmp_threads(given: str | None, threads: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As OpenMP itself reads the variable: the threads of nested levels, the outermost first."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert command.openmp_threads() == threads
+
+
+@pytest.mark.parametrize("given", ["many", "0", "-1", "4,", "4,x", "1.5", "1025", "9" * 5000, "\u00b2"])
+def test_threads_that_are_none(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    with pytest.raises(UsageError, match="OMP_NUM_THREADS: expected a whole number from 1 to 1024, or several"):
+        command.openmp_threads()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_text_can_be_printed(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding, errors="strict"))
+    text = "34.9 \u00b1 0.2 \u2013 \u00c9tude \u2192 Str\u00f6\u00dfe \u732b \udce9"
+    assert command.exit_code(lambda: print(text)) == 0
+    sys.stdout.flush()
+    plain = {
+        "ascii": "34.9 +- 0.2 - Etude -> Strosse ? ?",
+        "latin-1": "34.9 \u00b1 0.2 - \u00c9tude -> Str\u00f6\u00dfe ? ?",
+        "utf-8": "34.9 \u00b1 0.2 \u2013 \u00c9tude \u2192 Str\u00f6\u00dfe \u732b ?",
+    }
+    assert printed.getvalue().decode(encoding) == plain[encoding] + "\n"

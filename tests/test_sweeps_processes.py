@@ -74,7 +74,7 @@ def test_one_gpu_can_be_picked(monkeypatch: pytest.MonkeyPatch, gpus_listed: Cal
 @pytest.mark.parametrize(
     ("visible", "found", "told"),
     [
-        ("0,1,2,3", [], "'0' is not there, this machine has 0 GPU(s); none used"),
+        ("0,1,2,3", [], "'0' is not there, this machine has 0 GPU(s); the CPU is used"),
         ("-1", [], ""),
         ("", [], ""),
         (" , ", [], ""),

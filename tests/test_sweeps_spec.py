@@ -149,6 +149,52 @@ def test_yaml_that_cannot_be_read_names_the_line(tmp_path: Path) -> None:
         load(path)
 
 
+HEAD = "title: t\ncost: c\nprotocol: protocol3\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "search: {trials: 3}\nsearch: {trials: 4}\n",
+            "line 5: not valid YAML: the key 'search' stands twice",
+        ),
+        ("search:\n  trials: 3\n  sampler: gp\n  trials: 4\n", "line 7: not valid YAML: the key 'trials' stands twice"),
+        ("search: {trials: 3, trials: 3}\n", "line 4: not valid YAML: the key 'trials' stands twice, first in line 4"),
+        ("search:\n  space:\n    gem_p: {}\n    gem_p: {}\n", "line 7: not valid YAML: the key 'gem_p' stands twice"),
+        ("search: {}\n? [a]\n: 1\n", "not valid YAML: found unhashable key"),
+        ("search: {}\n---\na: 1\n", "not valid YAML: but found another document"),
+        ("search: !!python/object:os.system {}\n", "not valid YAML: could not determine a constructor"),
+        ("search: {}\0\n", "not valid YAML: unacceptable character"),
+        ("search: " + "[" * 3000 + "]" * 3000, "lists or keys inside each other without end"),
+        ("search: {}\nseed: 2024-01-45\n", "day is out of range"),
+        ("search: {}\non: 3\n", "Keys should be strings, got True"),
+        ("search: {hours: .inf}\n", "search.hours: expected a finite number, got inf"),
+        (f"search: {{}}\nseed: {2**30}\n", "seed: expected less than or equal to 1073741823, got 1073741824"),
+        (f"search: {{trials: {10**12}}}\n", "search.trials: expected less than or equal to 100000"),
+        ("search: {}\ntargets: [cuhk03, cuhk03]\n", "targets: each once, got ['cuhk03', 'cuhk03']"),
+        ("search: {}\ntargets: [CUHK03]\n", "unknown target of Protocol-3 'CUHK03' (did you mean 'cuhk03'?)"),
+        ("search: {sampler: grid, space: {gem_p: {low: 1, high: 9, step: 1.0e-9}}}\n", "a grid of 8000000001 points"),
+    ],
+)
+def test_text_that_is_no_study_is_told_in_one_line(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(HEAD + text)
+    with pytest.raises(UsageError) as caught:
+        read(path)
+    assert told in str(caught.value)
+    assert "mine.yaml: " in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_keys_that_are_merged_may_be_overruled(tmp_path: Path) -> None:
+    """YAML's own way to say a key twice."""
+    path = tmp_path / "mine.yaml"
+    space = "    gem_p: &range {low: 1.0, high: 4.0}\n    bank_momentum: {<<: *range, low: 0.5, high: 0.9}\n"
+    path.write_text(f"{HEAD}search:\n  space:\n{space}")
+    assert read(path).search.space["bank_momentum"].high == 0.9
+
+
 def test_exponents_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(

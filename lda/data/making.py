@@ -147,7 +147,7 @@ def touch(path: Path) -> None:
 def machine() -> str:
     """8 hex digits for this machine since it was started; the same in its containers, which share its locks."""
     try:
-        boot = _BOOT.read_text()
+        boot = _BOOT.read_text(encoding="utf-8")
     except OSError:
         boot = platform.node()
     return hashlib.sha256(boot.encode()).hexdigest()[:8]

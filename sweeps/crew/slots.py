@@ -50,7 +50,7 @@ def gpus() -> list[str]:
         return named
     found = list(itertools.takewhile(there.has, named))  # as CUDA does: after a wrong name all others are invisible
     if len(found) < len(named) and (wrong := named[len(found)]) != "-1":
-        used = f"{', '.join(found)} used" if found else "none used"
+        used = f"{', '.join(found)} used" if found else "the CPU is used"
         lacks = f"{wrong!r} is not there, this machine has {there.count} GPU(s)"
         print(f"CUDA_VISIBLE_DEVICES={visible}: {lacks}; {used}", file=sys.stderr)
     return found

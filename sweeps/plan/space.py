@@ -21,6 +21,8 @@ from lda.settings import Setting, checked, settings_of
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
+_MOST_POINTS = 10**6  # of a grid: they are all listed before any is tried
+
 Point = dict[str, Any]
 """One value per swept setting."""
 
@@ -138,8 +140,14 @@ def _on_axis(key: str, axis: Axis, value: Any) -> Any:
 def grid(space: Space, seed: int) -> list[Point]:
     """Every point of a space of choices and steps, in an order shuffled by `seed` (a cut-off grid is not lopsided).
 
-    Raises UsageError for an axis without a finite list of values.
+    Raises UsageError for an axis without a finite list of values, and for more points than a study can have.
     """
+    counts = {key: _num_values(key, axis) for key, axis in space.items()}
+    if (points_in_all := math.prod(counts.values())) > _MOST_POINTS:
+        finest = max(counts, key=counts.__getitem__)
+        raise UsageError(
+            f"{finest}: a grid of {points_in_all} points, expected {_MOST_POINTS} at most; give longer steps"
+        )
     points = [
         dict(zip(space, values, strict=True)) for values in itertools.product(*map(_values, space, space.values()))
     ]
@@ -147,14 +155,20 @@ def grid(space: Space, seed: int) -> list[Point]:
     return points
 
 
-def _values(key: str, axis: Axis) -> list[Any]:
+def _num_values(key: str, axis: Axis) -> int:
     if axis.choices:
-        return list(axis.choices)
+        return len(axis.choices)
     if axis.step is None:
         raise UsageError(f"{key}: the grid sampler needs choices, or a step")
     low, high = axis.bounds
-    kind = type(low)
-    return [kind(low + i * axis.step) for i in range(int((high - low) / axis.step + 1e-6) + 1)]
+    return int((high - low) / axis.step + 1e-6) + 1
+
+
+def _values(key: str, axis: Axis) -> list[Any]:
+    if axis.choices:
+        return list(axis.choices)
+    (low, _), step = axis.bounds, axis.step or 0.0
+    return [type(low)(low + i * step) for i in range(_num_values(key, axis))]
 
 
 def distributions(space: Space, method: str) -> dict[str, BaseDistribution]:

@@ -147,6 +147,8 @@ def resolve(
         protocol = get_protocol(spec.protocol)
         for target in spec.targets:
             protocol.sources(target)
+        if len(set(spec.targets)) < len(spec.targets):
+            raise UsageError(f"targets: each once, got {list(spec.targets)}")
         _refuse_study_keys(spec.base, "base.")
         base = {**spec.base, **overrides}
         run = spec.entrants or (str(base.get(METHOD.name, METHOD.default)),)
