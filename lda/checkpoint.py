@@ -61,16 +61,16 @@ class Checkpoint:
 
 
 class _Sink:
-    """A file that remembers what the disk answered: torch makes a RuntimeError of it that says nothing."""
+    """A file that remembers what ended a write, the disk or a signal: torch makes a RuntimeError of it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
         try:
             return self._file.write(data)
-        except OSError as error:
+        except BaseException as error:
             self.error = error
             raise
 

@@ -368,9 +368,11 @@ def is_whole(folder: Path, unit: str) -> bool:
     if not is_finished(folder, unit) or unit_of(folder) != unit or files.damaged_kept():
         return False
     try:
-        return None not in _lines(folder / METRICS)
+        rows = [row for row in _lines(folder / METRICS) if row is not None]
+        whole = (folder / METRICS).read_bytes().count(b"\n") == len(rows)
     except OSError:
         return False
+    return whole and bool(rows) and rows[-1]["step"] == Result.read(folder).steps
 
 
 def record_files(folder: Path) -> list[Path]:

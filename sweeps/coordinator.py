@@ -20,6 +20,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from lda.code import this_code
+from lda.files import make_folder
 from lda.runs import environment
 from sweeps.crew.assignment import Assignment
 from sweeps.crew.processes import WorkerPool
@@ -77,7 +78,7 @@ class Coordinator:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.spec, self.folder = plan, plan.spec, plan.folder
         before = check_folder(plan.study, self.spec, self.folder, plan.storage)
-        self.folder.path.mkdir(parents=True, exist_ok=True)  # the default storage lies in it
+        make_folder(self.folder.path)  # the default storage lies in it
         hours = self.spec.search.hours
         self.budget = search_budget(self.spec, None if hours is None else time.time() + 3600 * hours)
         self.storage: BaseStorage = open_storage(plan.storage, self.spec.heartbeat_seconds, self.spec.grace_seconds)
@@ -107,7 +108,7 @@ class Coordinator:
         check_storage(self.search.study, created, before, self.folder.path, plan.storage)
         token = token_of(self.search.study)
         self.archive = open_archive(self.storage, token)
-        self.folder.workers.mkdir(exist_ok=True)
+        make_folder(self.folder.workers)
         self.folder.write_study(_content(plan, token))
         return created
 

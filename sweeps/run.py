@@ -30,7 +30,7 @@ from lda.command import exit_code
 from lda.config import check_files, parse_overrides
 from lda.data.cache import check_cache
 from lda.errors import UsageError
-from lda.tracking.modes import announcement
+from lda.tracking import announcement, share_failure
 from sweeps.list.addresses import VARIABLE, asked_for, cleaned, has_password, masked, storage_url
 from sweeps.plan.images import is_standin
 from sweeps.plan.preview import preview
@@ -336,6 +336,7 @@ def _announce(plan: Plan, fixed: Sequence[str]) -> None:
         print(f"fixed for every trial: {pair}", flush=True)
     config = plan.spec.config(plan.spec.targets[0], plan.spec.seed, {})
     print(announcement(config.machine.wandb, plan.folder.path), flush=True)
+    share_failure()
 
 
 if __name__ == "__main__":

@@ -378,8 +378,6 @@ def test_an_interrupted_command_says_so(command: ModuleType, tmp_path: Path, mon
 def test_the_command_on_a_disk_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_study(tmp_path / "protocol3")
     (tmp_path / "file").write_text("")
-    assert tables.main([str(folder), "--output", str(tmp_path / "file" / "table")]) == 1
-    assert capsys.readouterr().err.startswith("failed: ")
-    with pytest.raises(SystemExit) as stopped:
-        tables.main([str(folder), "--format", "word"])
-    assert stopped.value.code == 2
+    assert tables.main([str(folder), "--output", str(tmp_path / "file" / "table")]) == 2
+    assert capsys.readouterr().err.startswith("error: --output: ")
+    assert tables.main([str(folder), "--format", "word"]) == 2

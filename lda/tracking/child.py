@@ -125,7 +125,7 @@ def main(arguments: Sequence[str]) -> int:
     """0 after the last message, 1 when wandb failed."""
     parent = os.getppid()
     incoming, outgoing = os.dup(0), os.dup(1)
-    with Path(os.devnull).open("r+") as nowhere:  # wandb's own process inherits these and may outlive this one
+    with Path(os.devnull).open("r+b") as nowhere:  # wandb's own process inherits these and may outlive this one
         os.dup2(nowhere.fileno(), 0)
         os.dup2(nowhere.fileno(), 1)
 

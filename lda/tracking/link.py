@@ -160,7 +160,7 @@ def share_failure() -> None:
 def failure() -> str:
     """Why W&B has failed for another process of this command; "" where it has not."""
     try:
-        return Path(os.environ[_FAILED]).read_text()
+        return Path(os.environ[_FAILED]).read_text(encoding="utf-8")
     except (KeyError, OSError):
         return ""
 
@@ -168,7 +168,7 @@ def failure() -> str:
 def _share(reason: str) -> None:
     if _FAILED in os.environ:
         with contextlib.suppress(OSError):  # the command has ended, or the disk is full: then each waits
-            Path(os.environ[_FAILED]).write_text(reason)
+            Path(os.environ[_FAILED]).write_text(reason, encoding="utf-8")
 
 
 class Service:

@@ -85,7 +85,12 @@ def _ask() -> Decision:
     command = [sys.executable, "-m", "lda.tracking.child", "--ask"]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ASK_SECONDS, env=environment()
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=_ASK_SECONDS,
+            env=environment(),
         )
         answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired:

@@ -13,7 +13,7 @@ def children(pid: int) -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            if int(stat.read_text(errors="replace").rpartition(")")[2].split()[1]) == pid:
+            if int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]) == pid:
                 found.append(int(stat.parent.name))
     return found
 

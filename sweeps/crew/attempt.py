@@ -15,7 +15,7 @@ from optuna.trial import Trial
 
 from lda.config import Config
 from lda.errors import FolderInUseError
-from lda.files import cannot_write
+from lda.files import cannot_write, make_folder
 from lda.runs import Result, UnitFolder, is_whole
 from lda.tracking import RunLabels
 from lda.trainer import TrainingError
@@ -185,7 +185,7 @@ class Attempt:
         """The result of the same unit in another trial of this study; its folder then stands here as a link."""
         if os.path.lexists(folder) or (other := self.post.folder.finished_unit(unit)) is None:
             return None
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         folder.symlink_to(os.path.relpath(other, folder.parent), target_is_directory=True)
         self.post.event("unit", f"{folder.parent.name} {folder.name} is {other.parent.name}'s, run before")
         return Result.read(other)
