@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -9,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,13 @@ from lda.data import intact, load_dataset
 from lda.data.making import alone, machine, new_file, remove_left_over
 from lda.data.packed import pack
 from lda.data.records import ImageRecord
-from lda.data.standin.tree import VERSION, ensure_standin
+from lda.data.standin import damage as damage_module
+from lda.data.standin import draw as draw_module
+from lda.data.standin import tree
+from lda.data.standin.damage import VERSION
+from lda.data.standin.draw import draw_shot, pixel_digest
+from lda.data.standin.layouts import LAYOUTS
+from lda.data.standin.tree import ensure_standin
 from lda.data.survey import DIGESTS, MARKER
 from lda.data.verify import byte_digests
 from lda.errors import UsageError
@@ -97,32 +106,107 @@ def cached(standin_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return root
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_torn_file_of_the_caches_own_standin_is_drawn_again(
+def same(root: Path, other: Path) -> bool:
+    """Whether two trees hold the same files."""
+    trees = [{path.relative_to(r): path.read_bytes() for path in r.rglob("*") if path.is_file()} for r in (root, other)]
+    return trees[0] == trees[1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_torn_files_of_the_caches_own_standin_are_drawn_again(
     cached: Path, standin_tiny: Path, seed: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     draw = random.Random(seed)
-    chosen = draw.choice(sorted(path for path in cached.rglob("*.*") if path.is_file() and path.name != DIGESTS))
-    before = chosen.read_bytes()
-    tear(chosen, draw)
+    files = sorted(path for path in cached.rglob("*.*") if path.is_file() and path.name not in (DIGESTS, MARKER))
+    torn = draw.sample(files, 3)
+    for path in torn:
+        tear(path, draw)
     assert ensure_standin("tiny") == cached
-    assert (standin_tiny / chosen.relative_to(cached)).read_bytes() == chosen.read_bytes() == before
-    assert "drawn again" in capfd.readouterr().err
-    assert load_dataset("market1501", cached).data_hash == load_dataset("market1501", standin_tiny).data_hash
-
-
-@pytest.mark.slow
-def test_a_standin_without_a_marker_is_drawn_again(cached: Path, standin_tiny: Path) -> None:
-    (cached / MARKER).write_bytes(b"")
-    assert ensure_standin("tiny") == cached
-    assert (cached / MARKER).read_bytes() == (standin_tiny / MARKER).read_bytes()
-
-
-def test_a_tree_of_before_there_were_digests_is_taken_by_its_pixels(cached: Path, standin_tiny: Path) -> None:
-    (cached / DIGESTS).unlink()
-    intact._SOUND.clear()
+    assert same(cached, standin_tiny)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: ")
+    assert any(str(path.relative_to(cached)) in line for path in torn)
     ensure_standin("tiny")
-    assert (cached / DIGESTS).read_bytes() == (standin_tiny / DIGESTS).read_bytes()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_torn_digests_of_a_tree_are_made_again_from_its_pixels(cached: Path, standin_tiny: Path, seed: int) -> None:
+    """As those of a tree from before there were any."""
+    tear(cached / DIGESTS, random.Random(seed))
+    ensure_standin("tiny")
+    assert same(cached, standin_tiny)
+
+
+def few_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two small data sets are drawn in a second."""
+    for module in (draw_module, tree, damage_module):
+        monkeypatch.setattr(module, "LAYOUTS", {name: LAYOUTS[name] for name in ("cuhk02", "prid")})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_standin_with_a_torn_marker_is_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], seed: int
+) -> None:
+    few_sets(monkeypatch)
+    monkeypatch.setenv("LDA_CACHE_DIR", str(tmp_path / "cache"))
+    root = ensure_standin("tiny")
+    shutil.copytree(root, tmp_path / "copy")
+    tear(root / MARKER, random.Random(seed))
+    capfd.readouterr()
+    assert ensure_standin("tiny") == root
+    assert same(root, tmp_path / "copy")
+    assert capfd.readouterr().err.startswith(f"warning: {root / MARKER} is damaged or missing")
+    assert [path.name for path in root.parent.iterdir()] == [root.name]
+
+
+def test_other_pixels_than_the_marker_says_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without digests, every image in order, and yet not what was drawn: as after a copy from another tree."""
+    few_sets(monkeypatch)
+    monkeypatch.setenv("LDA_CACHE_DIR", str(tmp_path / "cache"))
+    root = ensure_standin("tiny")
+    shutil.copytree(root, tmp_path / "copy")
+    one, other = sorted((root / "cuhk02").rglob("*.png"))[:2]
+    shutil.copy(one, other)
+    (root / DIGESTS).unlink()
+    intact._SOUND.clear()
+    with pytest.raises(UsageError, match="1 files of the stand-in's CUHK02 are damaged .*STANDIN.json first"):
+        load_dataset("cuhk02", root)
+    assert load_dataset("prid", root).standin  # it has a hash of its own
+    assert ensure_standin("tiny") == root
+    assert same(root, tmp_path / "copy")
+
+
+def test_a_library_that_draws_other_bytes_or_pixels_changes_no_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_sets(monkeypatch)
+    monkeypatch.setenv("LDA_CACHE_DIR", str(tmp_path / "cache"))
+    root = ensure_standin("tiny")
+    marker = (root / MARKER).read_bytes()
+    torn = sorted((root / "cuhk02").rglob("*.png"))[3]
+
+    def recoded(*arguments: Any) -> bytes:
+        """The same pixels, in other bytes."""
+        file = io.BytesIO()
+        Image.open(io.BytesIO(draw_shot(*arguments))).save(file, "PNG", compress_level=9)
+        return file.getvalue()
+
+    monkeypatch.setattr(tree, "draw_shot", recoded)
+    before = torn.read_bytes()
+    torn.write_bytes(before[:100])
+    ensure_standin("tiny")
+    assert torn.read_bytes() != before
+    assert (root / MARKER).read_bytes() == marker
+    assert intact.damaged(root, intact.read_lists(root / DIGESTS)["cuhk02"]) == []
+
+    monkeypatch.setattr(tree, "draw_shot", lambda name, shot, *rest: draw_shot(name, replace(shot, take=99), *rest))
+    torn.write_bytes(before[:100])
+    ensure_standin("tiny")  # mending gives other pixels: then the whole tree is drawn
+    assert pixel_digest(torn.read_bytes()) == pixel_digest(before)
+    assert (root / MARKER).read_bytes() == marker
 
 
 def test_a_users_standin_that_is_damaged_is_refused_by_name(standin_tiny: Path, tmp_path: Path) -> None:
@@ -130,9 +214,15 @@ def test_a_users_standin_that_is_damaged_is_refused_by_name(standin_tiny: Path, 
     shutil.copytree(standin_tiny, root)
     image = sorted(root.rglob("bounding_box_train/*.jpg"))[3]
     image.write_bytes(bytes(image.stat().st_size))
-    with pytest.raises(UsageError, match=rf"1 files of the stand-in's Market-1501 are damaged .*{image.name} first"):
+    line = rf"1 files of the stand-in's Market-1501 are damaged .*{image.name} first; remove that folder"
+    with pytest.raises(UsageError, match=line):
         load_dataset("market1501", root)
     assert load_dataset("viper", root).standin  # nothing else is hurt
+    (root / DIGESTS).unlink()  # a tree of before there were digests
+    with pytest.raises(UsageError, match=line):
+        load_dataset("market1501", root)
+    shutil.rmtree(root / "MSMT17_V1")  # who copies some sets alone has nothing to compare with
+    assert load_dataset("cuhk03", root).standin
 
 
 # --- several processes and machines ----------------------------------------------------------------------------------
