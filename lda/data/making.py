@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lda.errors import UsageError, warn
-from lda.files import sync_folder
+from lda.files import make_folder, sync_folder
 
 QUIET = 3.0  # seconds of waiting for another process that are not worth a line
 DEAD = 3600.0  # seconds without a sign of life after which another machine's temporary file is one that was left behind
@@ -59,7 +59,7 @@ def alone(place: Path, doing: str) -> Iterator[None]:
 def writable_folder(folder: Path) -> None:
     """Make a folder with its parents. Raises UsageError if that, or writing in it, is impossible."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise unwritable(folder, error) from None
     if not os.access(folder, os.W_OK | os.X_OK):

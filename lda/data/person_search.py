@@ -95,18 +95,15 @@ def crop_persons(release: Path, output: Path) -> int:
     absent = sorted(by_scene.keys() - present)
     if absent:
         raise UsageError(f"{images} lacks {len(absent)} of {len(by_scene)} scenes, e.g. {absent[0]}; unpack it again")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    scenes = (_Scene(images / scene, tuple(persons), partial) for scene, persons in sorted(by_scene.items()))
-    partial.mkdir(parents=True)
-    try:
+    with alone(folder, f"cropping {len(appearances):,} persons"), new_folder(folder) as partial:
+        remove_left_over(folder, keep=partial)
+        scenes = (_Scene(images / scene, tuple(persons), partial) for scene, persons in sorted(by_scene.items()))
         with progress(
             f"cropping {len(appearances):,} persons out of {len(by_scene):,} scenes", len(by_scene)
         ) as advance:
             for _ in map_processes(_crop_scene, scenes, cores() if len(by_scene) > 100 else 1):
                 advance(1)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        publish(partial, folder)
     return len(appearances)
 
 
