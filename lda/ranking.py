@@ -504,8 +504,8 @@ def _is_floats(values: object) -> bool:
 
 
 def _is_plain(values: Tensor) -> bool:
-    """Whether it has its numbers side by side in memory: not sparse, nested, or on the device "meta"."""
-    return values.layout == torch.strided and not values.is_nested and values.device.type != "meta"
+    """Whether it has its numbers side by side in memory: not sparse, nested, or on the meta device."""
+    return values.layout == torch.strided and not values.is_nested and not values.is_meta
 
 
 def _ids(name: str, values: Sized, number: int | None = None) -> Tensor:

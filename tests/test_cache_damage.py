@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from studies import REPOSITORY
 
 from lda.data import intact, load_dataset
 from lda.data.making import alone, machine, new_file, remove_left_over
@@ -283,6 +285,49 @@ def test_temporary_files_are_not_opened_through_links(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="it is a link"), alone(tmp_path / "tree", "drawing"):
         pass
     assert not (tmp_path / "elsewhere").exists()
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from lda.command import exit_code
+from lda.data.cache import cache_dir
+from lda.data.packed import pack
+from lda.data.records import ImageRecord
+from lda.data.standin.tree import ensure_standin
+from lda.data.verify import byte_digests
+os.setgroups([]); os.setgid(65534); os.setuid(65534)  # after the imports: Python itself may be root's alone
+image = Path(sys.argv[1])
+works = [
+    lambda: pack([ImageRecord(image, 0, 0)], 8, 6, cache_dir()) and None,
+    lambda: byte_digests([image], image.parent, cache_dir(), "set") and None,
+    lambda: ensure_standin("tiny") and None,
+]
+sys.exit(max(exit_code(work) for work in works) * 10 + min(exit_code(work) for work in works))
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user, which takes root")
+@pytest.mark.parametrize("mode", [0o755, 0o700])
+def test_another_users_cache_gets_one_line(mode: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        image, cache = Path(folder) / "a.png", Path(folder) / "cache"
+        Image.new("RGB", (6, 8)).save(image)
+        for name in ("packed", "verified"):
+            (cache / name).mkdir(parents=True)
+        (cache / f"standin-v{VERSION}-tiny-s0").mkdir(mode=0o700)
+        cache.chmod(mode)
+        environment = {**os.environ, "LDA_CACHE_DIR": str(cache), "PYTHONPATH": str(REPOSITORY)}
+        run = [sys.executable, "-c", AS_NOBODY, str(image)]
+        done = subprocess.run(run, env=environment, cwd="/", capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 22, done.stderr
+    assert len(lines) == 6, done.stderr  # each asked twice
+    assert all(
+        line.startswith("error: ") and "is root's: every user has a cache of their own" in line for line in lines
+    )
+    assert all(line.endswith("set LDA_CACHE_DIR") for line in lines)
 
 
 def test_json_of_a_marker_is_what_the_tree_says(standin_tiny: Path) -> None:

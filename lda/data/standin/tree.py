@@ -25,7 +25,7 @@ from typing import Any
 from lda.command import cores, progress
 from lda.data.cache import cache_dir
 from lda.data.intact import digests_of, read_lists, write_lists
-from lda.data.making import alone, new_folder, publish, remove_left_over, touch
+from lda.data.making import alone, new_folder, publish, remove_left_over, touch, unwritable
 from lda.data.processes import map_processes
 from lda.data.standin.damage import VERSION, damage, joint_hash, paths
 from lda.data.standin.draw import draw_chunk, draw_shot, plans
@@ -104,8 +104,14 @@ def read_marker(root: Path) -> dict[str, Any]:
 
 def _existing(output: Path, scale: str, seed: int) -> dict[str, Any] | None:
     """The marker of a finished tree, None if `output` is free. Raises UsageError if it is anything else."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
+    try:
+        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+            return None
+        os.stat(output / MARKER)  # which needs the right to look into the folder
+    except PermissionError as error:
+        raise unwritable(output, error, "read") from None
+    except OSError:
+        pass  # there is no marker, or no folder
     wanted = {"version": VERSION, "scale": scale, "seed": seed}
     marker = read_marker(output)
     found = {key: marker[key] for key in wanted}
