@@ -22,7 +22,6 @@ from typing import Any
 
 from lda.data.cache import cache_dir
 from lda.data.records import ImageRecord, ReidDataset, Split
-from lda.data.verify import byte_digests
 from lda.errors import UsageError
 
 CLUTTER = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
@@ -358,6 +357,8 @@ def content_hash(parts: Sequence[Sequence[ImageRecord]], root: Path, archive: Pa
     and byte, on who is where, and on how the images are divided. A file that has not changed is not read again, see
     `lda.data.verify.byte_digests`.
     """
+    from lda.data.verify import byte_digests  # it loads PIL, and the catalogue imports this file for a few names
+
     digest = hashlib.sha256()
     paths = {record.path for part in parts for record in part} if archive is None else {archive}
     digests = byte_digests(sorted(paths), root, cache_dir(), root.name)
