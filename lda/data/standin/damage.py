@@ -20,7 +20,7 @@ VERSION = 1
 """Of the drawing. Results on different versions do not compare."""
 
 _CHUNK = 256  # images a process decodes at a time
-_ALONE = 2000  # up to so many images, starting processes costs more than it saves
+_ALONE = 6000  # up to so many images, starting processes costs more than it saves
 
 
 def damage(root: Path, marker: Mapping[str, Any], names: Iterable[str] = ()) -> list[str]:
