@@ -29,6 +29,7 @@ the size of its terms; `4 * eps * (largest sum of their absolute values)` is a g
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,13 @@ SHOT_DRAWS = 10
 """Random galleries of one image per person behind a query of CUHK03's old protocol."""
 
 _CHECKED = 1024  # encodings checked at a time
+
+_FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATS = "a tensor of floats (float16, bfloat16, float32, float64)"
+_INTEGER_TYPES = (
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
+_INT64 = np.iinfo(np.int64)
 
 Scores = Callable[[slice, slice], Tensor]
 """(queries, gallery images) -> their scores, (C, W) floats on any device, larger = more alike. Both slices have a start
@@ -162,8 +170,8 @@ def evaluate_ranking(
     """Rank the gallery for every query by cosine similarity and average the metrics.
 
     Args:
-        query: (Q, D) floating-point features on any device, L2-normalised here.
-        gallery: (G, D), same device.
+        query: (Q, D) features on any device, float16, bfloat16, float32 or float64, L2-normalised here.
+        gallery: (G, D), same device; may be of another type.
         query_pids, gallery_pids, query_camids, gallery_camids, ap, camera_rule, chunk, single_gallery_shot: see
             `rank_blocks`.
 
@@ -209,6 +217,8 @@ def rank_encodings(
             refuses.
     """
     _check_encodings(query, gallery)
+    common = torch.promote_types(query.dtype, gallery.dtype)
+    query, gallery = query.to(common), gallery.to(common)
     q_pids, g_pids = _ids("query_pids", query_pids, len(query)), _ids("gallery_pids", gallery_pids, len(gallery))
     g_camids = _ids("gallery_camids", gallery_camids, len(gallery))
     kept = g_pids != JUNK_PID
@@ -255,7 +265,7 @@ def rank_blocks(
 
     Args:
         scores: of pairs of images, see `Scores`. The device of the first block is the one that ranks.
-        query_pids: (Q,) person ids; tensor, array or list of whole numbers, as are the next three.
+        query_pids: (Q,) person ids; tensor, array or list of integers of any type, as are the next three.
         gallery_pids: (G,) person ids. Distractors (an id no query has, such as Market-1501's 0) stay in the gallery;
             junk (`JUNK_PID`) is dropped.
         query_camids: (Q,) camera ids.
@@ -464,10 +474,8 @@ def _check_options(ap: str, chunk: int, gallery_chunk: int | None, tie: float) -
 def _check_block(block: Tensor, rows: slice, columns: slice) -> None:
     where = f"scores of queries {rows.start}:{rows.stop} and gallery images {columns.start}:{columns.stop}"
     shape = (rows.stop - rows.start, columns.stop - columns.start)
-    if not isinstance(block, Tensor):
-        raise UsageError(f"{where}: expected a tensor of shape {shape}, got {type(block).__name__}")
-    if block.shape != shape or not block.is_floating_point():
-        raise UsageError(f"{where}: expected floats of shape {shape}, got {block.dtype} of shape {tuple(block.shape)}")
+    if not _is_floats(block) or block.shape != shape:
+        raise UsageError(f"{where}: expected {_FLOATS} of shape {shape}, got {_told(block)}")
     # The extremes are finite exactly when all scores are, and they cost one pass without a tensor of that size.
     if not torch.stack(block.aminmax()).isfinite().all():
         bad = int((~block.isfinite()).sum())
@@ -476,11 +484,10 @@ def _check_block(block: Tensor, rows: slice, columns: slice) -> None:
 
 def _check_encodings(query: Tensor, gallery: Tensor) -> None:
     for name, encodings in (("query", query), ("gallery", gallery)):
-        if not isinstance(encodings, Tensor):
-            raise UsageError(f"{name}: expected a tensor of features, got {type(encodings).__name__}")
-        if encodings.ndim < 2 or not encodings.is_floating_point():
-            got = f"{encodings.dtype} of shape {tuple(encodings.shape)}"
-            raise UsageError(f"{name}: expected (N, D) floats, or (N, ...) floats of a scorer of maps, got {got}")
+        if not _is_floats(encodings) or encodings.ndim < 2 or 0 in encodings.shape[1:]:
+            raise UsageError(
+                f"{name}: expected {_FLOATS} of shape (N, D), or (N, ...) of a scorer of maps, got {_told(encodings)}"
+            )
         # In parts: a gallery of maps is gigabytes, and so would be one mask of it.
         finite = torch.cat([part.isfinite().flatten(1).all(1) for part in torch.split(encodings, _CHECKED)])
         if not finite.all():
@@ -488,42 +495,84 @@ def _check_encodings(query: Tensor, gallery: Tensor) -> None:
     sizes = [" x ".join(map(str, encodings.shape[1:])) for encodings in (query, gallery)]
     if sizes[0] != sizes[1]:
         raise UsageError(f"feature sizes differ: query has {sizes[0]}, gallery has {sizes[1]}")
+    if query.device != gallery.device:
+        raise UsageError(f"query is on {query.device}, gallery on {gallery.device}; move one of them")
+
+
+def _is_floats(values: object) -> bool:
+    return isinstance(values, Tensor) and values.dtype in _FLOAT_TYPES and _is_plain(values)
+
+
+def _is_plain(values: Tensor) -> bool:
+    """Whether it has its numbers side by side in memory: not sparse, nested, or on the meta device."""
+    return values.layout == torch.strided and not values.is_nested and not values.is_meta
 
 
 def _ids(name: str, values: Sized, number: int | None = None) -> Tensor:
-    """Ids on the CPU, (number,); without a number, of any length. All integers become int64: in the eight bits of uint8
-    a person 255 is `JUNK_PID`."""
+    """Ids on the CPU, (number,) int64; without a number, of any length.
+
+    Of whatever type they come, they are compared as int64: in the eight bits of uint8 a person 255 is `JUNK_PID`.
+    """
     ids = _integers(name, values)
     if number is None and ids.ndim != 1:
-        raise UsageError(f"{name}: expected a list of ids, one per image, got shape {tuple(ids.shape)}")
+        raise UsageError(f"{name}: expected a list of ids, one per image, got shape {ids.shape}")
     if number is not None and ids.shape != (number,):
-        raise UsageError(f"{name}: expected {number} ids, one per image, got shape {tuple(ids.shape)}")
-    return ids
+        raise UsageError(f"{name}: expected {number} ids, one per image, got shape {ids.shape}")
+    return torch.from_numpy(ids)
 
 
-def _integers(name: str, values: object) -> Tensor:
-    """A tensor, array or sequence of whole numbers as int64. Raises UsageError for anything else."""
-    if isinstance(values, Tensor):
-        plain = not (values.is_floating_point() or values.is_complex() or values.is_quantized)
-        array = values.detach().cpu().numpy() if plain else np.empty(values.numel())
+def _integers(name: str, values: object) -> NDArray[np.int64]:
+    """A tensor, array or list of integers of any types. Raises UsageError for anything else."""
+    told = values
+    if isinstance(values, Tensor) and _is_plain(values):
+        if not values.numel():  # of nothing, any type: torch.tensor([]) is of floats
+            values = np.empty(values.shape, np.int64)
+        elif values.dtype in _INTEGER_TYPES:
+            values = values.cpu().numpy()
+    if isinstance(values, Tensor | np.ma.MaskedArray | str | bytes):
+        whole = None
+    elif isinstance(values, np.ndarray) and values.dtype.kind in "iu":
+        whole = values
     else:
-        try:
-            array = np.asarray(values)
-        except (TypeError, ValueError):  # rows of different lengths
-            array = np.empty(1, object)
-    if array.dtype.kind not in "iu" and array.size:  # of nothing, any kind
-        raise UsageError(
-            f"{name}: expected whole numbers (a tensor, array or list of integers), got {_told(values, array)}"
-        )
-    if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
-        raise UsageError(f"{name}: expected ids below 2^63, got {int(array.max())}")
-    return torch.from_numpy(array.astype(np.int64))
+        whole = _listed(values)
+    if whole is None:
+        raise UsageError(f"{name}: expected whole numbers (a tensor, array or list of integers), got {_told(told)}")
+    for number in (whole.min(initial=0), whole.max(initial=0)):
+        if not _INT64.min <= number <= _INT64.max:
+            raise UsageError(f"{name}: expected ids from -2^63 to below 2^63, got {number}")
+    return whole.astype(np.int64)
 
 
-def _told(values: object, array: NDArray[Any]) -> str:
+def _listed(values: object) -> NDArray[Any] | None:
+    """What lists, ranges and arrays of objects hold, if that is integers alone: numpy takes integers of several types
+    for floats, and True for 1. What is no list of single numbers is as numpy has it."""
+    try:
+        array = np.asarray(values)
+        if array.ndim != 1:
+            return array if array.dtype.kind in "iu" else None
+        return np.array([_whole(item) for item in values], object)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):  # rows of different lengths, what cannot be counted, what is no integer
+        return None
+
+
+def _whole(item: object) -> int:
+    if isinstance(item, bool | np.bool_) or (isinstance(item, Tensor) and item.dtype == torch.bool):
+        raise TypeError
+    return operator.index(item)  # type: ignore[arg-type]
+
+
+def _told(values: object) -> str:
+    """What somebody gave, for a message."""
     if isinstance(values, Tensor):
-        return f"a tensor of {values.dtype}"
-    return f"{type(values).__name__} of {'mixed values' if array.dtype.kind == 'O' else array.dtype}"
+        kind = "" if values.is_nested else f" of shape {tuple(values.shape)}"
+        place = "" if _is_plain(values) else f" ({'nested' if values.is_nested else values.layout}, {values.device})"
+        return f"{values.dtype}{kind}{place}"
+    if isinstance(values, np.ndarray):
+        return f"{'a masked' if isinstance(values, np.ma.MaskedArray) else 'an'} array of {values.dtype}"
+    if isinstance(values, list | tuple):
+        kinds = sorted({type(item).__name__ for item in values})
+        return f"{type(values).__name__} of {', '.join(kinds[:4])}"
+    return type(values).__name__
 
 
 def _no_valid_query(q_pids: Tensor, g_pids: Tensor, camera_rule: bool) -> str:

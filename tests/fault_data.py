@@ -12,6 +12,8 @@ from pathlib import Path
 from fault_arena import Arena, Play, Skip, injected, named, root, training
 from studies import Command, wait_for
 
+from lda.runs import Result, read_unit
+
 
 def cached(arena: Arena, **options: object) -> Command:
     """A command with a cache of its own."""
@@ -95,27 +97,40 @@ def killed_drawing(arena: Arena) -> Play:
     return 2, [command], command.run()
 
 
+def _host(name: str) -> tuple[str, ...]:
+    """Before a command: it gets process ids and a host name of its own, as containers have."""
+    return ("unshare", "--pid", "--fork", "--mount-proc", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh")
+
+
 @named("two hosts on a fresh shared cache")
 def two_hosts(arena: Arena) -> Play:
-    """Each with process ids and a host name of its own, as containers have."""
+    """They draw the stand-in at once, and then pack the same images at once."""
     root("namespaces of processes and host names")
     if shutil.which("unshare") is None:
         raise Skip("no unshare command here: install the package util-linux")
+    tried = subprocess.run([*_host("host-a"), "true"], capture_output=True, text=True)
+    if tried.returncode != 0:
+        raise Skip(f"no namespaces here: {tried.stderr.strip()}")
     cache = arena.folder / "cache"
     draw = [sys.executable, "-m", "lda.data.standin", "--scale", "tiny", "--output", str(cache / "standin")]
-    apart = ["unshare", "--pid", "--fork", "--mount-proc", "--uts", "sh", "-c"]
-    hosts = [
-        subprocess.Popen(
-            [*apart, f'hostname {name}; exec "$@"', "sh", *draw],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for name in ("host-a", "host-b")
-    ]  # fmt: skip
-    said = [host.communicate(timeout=120) for host in hosts]
-    if any("unshare" in errors for _, errors in said):
-        raise Skip(f"no namespaces here: {said[0][1].strip()}")
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    hosts = [subprocess.Popen([*_host(name), *draw], **pipes, text=True) for name in ("a", "b")]  # type: ignore[call-overload]
+    said = [host.communicate(timeout=240)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], said
+    assert sum(errors.startswith("drawing stand-in tiny") for errors in said) == 1, said
+    assert sum(errors.startswith("waiting for another process that is drawing") for errors in said) == 1, said
     assert [path.name for path in cache.iterdir()] == ["standin"], list(cache.iterdir())
-    command = cached(arena)
-    arena.data_root = command.data_root = cache / "standin"
-    return 2, [command], command.run()
+    arena.data_root = cache / "standin"
+    commands = [cached(arena, name=name, prefix=_host(name)) for name in "ab"]
+    codes = [process.wait(300) for process in [command.start() for command in commands]]
+    assert [path.name for path in (cache / "packed").iterdir() if path.name.startswith(".")] == []
+    first, second = (measured(command) for command in commands)
+    assert first == second, (first, second)
+    return 2, commands[:1], max(codes)  # two studies: their tables differ in seconds
+
+
+def measured(command: Command) -> dict[str, dict[str, object]]:
+    """Unit -> what its result says of the method, not of the machine."""
+    units = [path.parent for path in command.study.glob("trial-*/*/result.json")]
+    machine = {"seconds": 0, "images_per_second": 0, "trained_in": ""}
+    return {read_unit(unit).unit: {**vars(Result.read(unit)), **machine} for unit in units}

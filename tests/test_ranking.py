@@ -303,8 +303,14 @@ def test_constant_camera_is_explained() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": torch.zeros(40)}, r"query: expected \(N, D\) floats"),
-        ({"gallery": torch.zeros(150, 16, dtype=torch.int64)}, r"gallery: expected \(N, D\) floats"),
+        (
+            {"query": torch.zeros(40)},
+            r"query: expected a tensor of floats .* of shape \(N, D\).* got torch.float32 of shape \(40,\)",
+        ),
+        (
+            {"gallery": torch.zeros(150, 16, dtype=torch.int64)},
+            "gallery: expected a tensor of floats .*, got torch.int64",
+        ),
         ({"gallery": torch.zeros(150, 15)}, "query has 16, gallery has 15"),
         ({"query": torch.full((40, 16), torch.nan)}, "query: 40 of 40 features are not finite"),
         ({"query_pids": [1, 2]}, r"query_pids: expected 40 ids, one per image, got shape \(2,\)"),
@@ -739,56 +745,126 @@ def test_cuda_scores_are_ranked_on_their_device_whatever_holds_the_ids() -> None
     assert_same(rank_encodings(MapMatcher(50), **on_gpu), rank_encodings(MapMatcher(50), **case))
 
 
-# --- kinds of ids ----------------------------------------------------------------------------------------------------
+# --- kinds of ids and features ---------------------------------------------------------------------------------------
 
-INTEGERS: list[Callable[[list[int]], Any]] = [
-    list,
-    tuple,
-    *(
-        lambda ids, kind=kind: np.array(ids, kind)
-        for kind in ("uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
-    ),
-    *(
-        lambda ids, kind=kind: torch.tensor(ids, dtype=kind)
-        for kind in (torch.uint8, torch.int16, torch.int32, torch.int64)
-    ),
-    lambda ids: torch.tensor(ids, dtype=torch.int64).to(torch.uint16),
-]
+NUMPY_INTEGERS = [np.dtype(sign + kind) for kind in ("int8", "int16", "int32", "int64") for sign in ("", "u")]
+TORCH_INTEGERS = [
+    torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_any_integer_type_gives_the_same_numbers(seed: int) -> None:
-    """As uint8 a person 255 was taken for junk, and lost its gallery images."""
-    draw = np.random.default_rng(seed)
-    pids = [[255, *draw.integers(250, 256, 11).tolist()], [255, *draw.integers(250, 256, 29).tolist()]]
+def in_every_kind(ids: list[int]) -> Iterator[Any]:
+    """The same ids as every tensor, array and list that can hold them."""
+    fits = [np.array(ids, kind) for kind in NUMPY_INTEGERS if _holds(kind, ids)]
+    yield from fits
+    yield from (array.astype(array.dtype.newbyteorder()) for array in fits)
+    wide = torch.tensor(ids, dtype=torch.int64)
+    yield from (wide.to(kind) for kind, like in zip(TORCH_INTEGERS, NUMPY_INTEGERS, strict=True) if _holds(like, ids))
+    yield from (list(ids), tuple(ids), np.array(ids, object), list(wide), list(fits[0]))
+    yield [kind.type(number) for number, kind in zip(ids, itertools.cycle((fits[0].dtype, fits[-1].dtype)))]
+
+
+def _holds(kind: np.dtype[Any], ids: list[int]) -> bool:
+    return bool(np.iinfo(kind).min <= min(ids) and max(ids) <= np.iinfo(kind).max)
+
+
+def every_door(query: Any, gallery: Any, *ids: Any) -> list[RankingResult]:
+    matrix = CosineScorer().prepare(query) @ CosineScorer().prepare(gallery).T
+    return [
+        evaluate_ranking(query, gallery, *ids),
+        rank_encodings(CosineScorer(), query, gallery, *ids),
+        rank_blocks(of_matrix(matrix), *ids, tie=TIE),
+    ]
+
+
+@pytest.mark.parametrize("kind", NUMPY_INTEGERS, ids=str)
+def test_any_integer_type_gives_the_same_numbers(kind: np.dtype[Any]) -> None:
+    """With ids at both ends of the type: as uint8 a person 255 was taken for junk, and lost its gallery images."""
+    draw = np.random.default_rng(kind.num)
+    low, high = int(np.iinfo(kind).min), min(int(np.iinfo(kind).max), 2**63 - 1)
+    people = [high, high - 1, high - 2, low, low + 1, 0, *([-1] if low else [])]
+    pids = [[high, *draw.choice(people, 7).tolist()], [high, *draw.choice(people, 19).tolist()]]
     camids = [draw.integers(0, 6, len(ids)).tolist() for ids in pids]
     query, gallery = (torch.tensor(draw.normal(size=(len(ids), 8)), dtype=torch.float32) for ids in pids)
-    expected = evaluate_ranking(query, gallery, *(torch.tensor(ids) for ids in (*pids, *camids)))
-    for kind in INTEGERS:
-        assert evaluate_ranking(query, gallery, *(kind(ids) for ids in (*pids, *camids))) == expected
+    scores = (query / query.norm(dim=1, keepdim=True)) @ (gallery / gallery.norm(dim=1, keepdim=True)).T
+    expected = naive_from_scores(scores.tolist(), *pids, *camids)
+    for ids in zip(*(in_every_kind([int(i) for i in part]) for part in (*pids, *camids)), strict=False):
+        for result in every_door(query, gallery, *ids):
+            assert_same(result, expected)
 
 
 @pytest.mark.parametrize(
     ("ids", "told"),
     [
-        ([1.0, 2.0], "list of float64"),
-        (np.array([1, 2], float), "ndarray of float64"),
-        (torch.tensor([1.0, 2.0]), "a tensor of torch.float32"),
-        (torch.tensor([1, 2], dtype=torch.complex64), "a tensor of torch.complex64"),
-        ([True, False], "list of bool"),
-        (torch.tensor([True, False]), "a tensor of torch.bool"),
-        (["1", "2"], "list of <U1"),
-        ([1, None], "list of mixed values"),
-        ([[1], [2, 3]], "list of mixed values"),
+        ([1.0, 2.0], "got list of float"),
+        ([1, float("nan")], "got list of float, int"),
+        (np.array([1, 2], float), "got an array of float64"),
+        (torch.tensor([1.0, 2.0]), "got torch.float32 of shape (2,)"),
+        (torch.tensor([1, 2], dtype=torch.complex64), "got torch.complex64"),
+        (torch.tensor([1, 2]).to_sparse(), "got torch.int64 of shape (2,) (torch.sparse_coo, cpu)"),
+        (torch.tensor([1, 2]).to("meta"), "got torch.int64 of shape (2,) (torch.strided, meta)"),
+        ([True, False], "got list of bool"),
+        ([True, 2], "got list of bool, int"),
+        (np.array([True, False]), "got an array of bool"),
+        (torch.tensor([True, False]), "got torch.bool"),
+        (["1", "2"], "got list of str"),
+        ("12", "got str"),
+        ([1, None], "got list of NoneType, int"),
+        (None, "got NoneType"),
+        ({1, 2}, "got set"),
+        ([[1], [2, 3]], "got list of list"),
+        ([[1, 2]], "got shape (1, 2)"),
+        (np.ma.array([1, 2], mask=[True, False]), "got a masked array of int64"),
+        (np.array(["2020", "2021"], "M8[Y]"), "got an array of datetime64[Y]"),
         (np.array([0, 2**64 - 1], "uint64"), "below 2^63, got 18446744073709551615"),
+        ([2**70, 1], "below 2^63, got 1180591620717411303424"),
     ],
 )
-def test_every_other_kind_of_ids_is_told(ids: Any, told: str) -> None:
+@pytest.mark.parametrize("place", range(4))
+def test_every_other_kind_of_ids_is_told(ids: Any, told: str, place: int) -> None:
     features = torch.eye(2)
-    with pytest.raises(UsageError, match=re.escape(told)):
-        evaluate_ranking(features, features, ids, [1, 2], [0, 0], [1, 1])
+    given: list[Any] = [[1, 2], [1, 2], [0, 0], [1, 1]]
+    given[place] = ids
+    name = ("query_pids", "gallery_pids", "query_camids", "gallery_camids")[place]
+    doors: list[Callable[[], RankingResult]] = [
+        lambda: evaluate_ranking(features, features, *given),
+        lambda: rank_encodings(CosineScorer(), features, features, *given),
+        lambda: rank_blocks(of_matrix(features), *given),
+    ]
+    for door in doors:
+        with pytest.raises(UsageError, match=rf"^{name}: expected [^\n]*{re.escape(told)}"):
+            door()
 
 
-def test_features_that_are_no_tensor_are_told() -> None:
-    with pytest.raises(UsageError, match="query: expected a tensor of features, got ndarray"):
-        evaluate_ranking(np.eye(2), torch.eye(2), [1, 2], [1, 2], [0, 0], [1, 1])  # type: ignore[arg-type]
+def test_features_of_any_float_type_give_the_same_numbers() -> None:
+    """Whole numbers, exact in each of them, in any mixture."""
+    case = random_case(2)
+    expected = evaluate_ranking(**case)
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for one, other in itertools.product(floats, repeat=2):
+        features = {"query": case["query"].to(one), "gallery": case["gallery"].to(other)}
+        assert_same(evaluate_ranking(**{**case, **features}), expected)
+
+
+@pytest.mark.parametrize(
+    ("features", "told"),
+    [
+        (np.eye(2), "got an array of float64"),
+        ([[1.0, 0.0], [0.0, 1.0]], "got list of list"),
+        ("features", "got str"),
+        (None, "got NoneType"),
+        (torch.eye(2) > 0, "got torch.bool of shape (2, 2)"),
+        (torch.eye(2).to(torch.complex64), "got torch.complex64"),
+        (torch.eye(2).to(torch.float8_e4m3fn), "got torch.float8_e4m3fn"),
+        (torch.eye(2).to_sparse(), "(torch.sparse_coo, cpu)"),
+        (torch.eye(2).to("meta"), "(torch.strided, meta)"),
+        (torch.zeros(2, 0), "got torch.float32 of shape (2, 0)"),
+    ],
+)
+def test_every_other_kind_of_features_is_told(features: Any, told: str) -> None:
+    given: list[Any] = [[1, 2], [1, 2], [0, 0], [1, 1]]
+    for query, gallery, name in ((features, torch.eye(2), "query"), (torch.eye(2), features, "gallery")):
+        with pytest.raises(UsageError, match=rf"^{name}: expected [^\n]*{re.escape(told)}"):
+            evaluate_ranking(query, gallery, *given)
+    with pytest.raises(UsageError, match=rf"^scores of queries 0:2 [^\n]*{re.escape(told)}"):
+        rank_blocks(lambda rows, columns: features, *given)

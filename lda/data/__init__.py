@@ -15,7 +15,7 @@ from typing import Any
 from lda.data import catalogue
 from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset
-from lda.data.survey import Severity, Survey
+from lda.data.survey import Severity, StandIn, Survey
 from lda.errors import UsageError
 
 __all__ = ["DataOptions", "ImageRecord", "ReidDataset", "load_dataset", "survey_dataset"]
@@ -72,8 +72,22 @@ def survey_dataset(name: str, root: Path | str, options: DataOptions = DEFAULTS)
     dataset = None
     try:
         dataset = data_set.read(survey, options)
+        if survey.standin:
+            _check_drawn(survey, survey.standin)
     except UsageError as error:
         survey.error(str(error))
     except OSError as error:  # unreadable folder, a loop of links
         survey.error(f"{survey.title}: cannot read {error.filename}: {error.strerror}")
     return dataset, survey
+
+
+def _check_drawn(survey: Survey, standin: StandIn) -> None:
+    """An error finding where files of the stand-in are not what was drawn."""
+    from lda.data.standin.damage import damage  # real data need nothing that draws
+
+    if standin.root is None or not (broken := damage(standin.root, standin.content, [survey.name])):
+        return
+    survey.error(
+        f"{standin.root}: {len(broken):,} files of the stand-in's {survey.title} are damaged or missing, {broken[0]} "
+        "first; remove that folder and generate it again"
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from lda.arguments import Parser, checked, output_folder
 from lda.command import exit_code
 from lda.data.splits import DRAWS, FOLDER, FORMAT, NUM_SPLITS, RULES, digest
+from lda.files import atomic
 
 
 def draw(name: str) -> dict[str, Any]:
@@ -58,10 +58,8 @@ def _compare(write: bool) -> int:
     for name in RULES:
         path, text = FOLDER / f"{name}.json", _text(draw(name))
         if write:
-            FOLDER.mkdir(exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            with atomic(path) as file:
+                file.write(text)
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:
             differing.append(path.name)
     if differing:

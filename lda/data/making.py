@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lda.errors import UsageError, warn
-from lda.files import sync_folder
+from lda.files import make_folder, sync_folder
 
 QUIET = 3.0  # seconds of waiting for another process that are not worth a line
 DEAD = 3600.0  # seconds without a sign of life after which another machine's temporary file is one that was left behind
@@ -59,22 +59,25 @@ def alone(place: Path, doing: str) -> Iterator[None]:
 def writable_folder(folder: Path) -> None:
     """Make a folder with its parents. Raises UsageError if that, or writing in it, is impossible."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise unwritable(folder, error) from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise unwritable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
-def unwritable(path: Path, error: OSError) -> UsageError:
-    """The line for what cannot be written, with whose it is if it is another user's."""
+def unwritable(path: Path, error: OSError, what: str = "written") -> UsageError:
+    """The line for what cannot be written (read), with whose it is if it is another user's."""
     whose = ""
-    with suppress(OSError):
-        owner = os.stat(path, follow_symlinks=False).st_uid
-        if owner != os.geteuid():
-            whose = f", it is {_user(owner)}'s: every user has a cache of their own"
+    for place in (path, *path.parents):  # the first that can be looked at
+        with suppress(OSError):
+            owner = os.stat(place, follow_symlinks=False).st_uid
+            if owner != os.geteuid():
+                belongs = "it is" if place == path else f"{place} is"
+                whose = f", {belongs} {_user(owner)}'s: every user has a cache of their own"
+            break
     reason = "it is a link" if error.errno == errno.ELOOP else error.strerror or str(error)
-    return UsageError(f"{path}: cannot be written ({reason}{whose}); name another folder or set LDA_CACHE_DIR")
+    return UsageError(f"{path}: cannot be {what} ({reason}{whose}); name another folder or set LDA_CACHE_DIR")
 
 
 # --- temporary names -------------------------------------------------------------------------------------------------
@@ -99,6 +102,20 @@ def new_file(place: Path) -> Iterator[tuple[int, Path]]:
     finally:
         os.close(descriptor)
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(place: Path, doing: str) -> Iterator[Path | None]:
+    """A new folder to be filled, which is at `place` afterwards, whole and on the disk; None if somebody else, who was
+    waited for, has made it. See `alone` for `doing` and for what is raised."""
+    with alone(place, doing):
+        remove_left_over(place)
+        if place.is_dir():
+            yield None
+            return
+        with new_folder(place) as folder:
+            yield folder
+            publish(folder, place)
 
 
 def publish(folder: Path, place: Path) -> None:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from lda.data.intact import Stamp, parts_hold, stamp
 from lda.data.making import alone, new_file, publish_file, remove_left_over
 from lda.data.processes import map_processes
 from lda.data.records import ImageRecord
-from lda.errors import FailedError, UsageError
+from lda.errors import FailedError, UsageError, warn
 from lda.files import atomic
 
 if TYPE_CHECKING:  # packing needs no torch, and loading it takes longer than packing a small set
@@ -111,7 +110,7 @@ def pack(records: Sequence[ImageRecord], height: int, width: int, cache_dir: Pat
         if isinstance(found, PackedImages):
             return found
         if found:
-            print(f"warning: {path}: {found}; packing the images again", file=sys.stderr)
+            warn(f"{path}: {found}; packing the images again")
         return _write(path, sources, shape)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 from lda.arguments import Parser, checked, existing_folder, output_folder
 from lda.command import cores, exit_code, progress
 from lda.data.decode import open_rgb
+from lda.data.making import touch, whole_folder
 from lda.data.matlab import load_mat
 from lda.data.processes import map_processes
 from lda.data.sets.cuhk_sysu import PUBLISHED
@@ -95,18 +95,15 @@ def crop_persons(release: Path, output: Path) -> int:
     absent = sorted(by_scene.keys() - present)
     if absent:
         raise UsageError(f"{images} lacks {len(absent)} of {len(by_scene)} scenes, e.g. {absent[0]}; unpack it again")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    scenes = (_Scene(images / scene, tuple(persons), partial) for scene, persons in sorted(by_scene.items()))
-    partial.mkdir(parents=True)
-    try:
-        with progress(
-            f"cropping {len(appearances):,} persons out of {len(by_scene):,} scenes", len(by_scene)
-        ) as advance:
+    title = f"cropping {len(appearances):,} persons out of {len(by_scene):,} scenes"
+    with whole_folder(folder, title) as partial:
+        if partial is None:
+            raise UsageError(f"{folder}: another process has made it meanwhile")
+        scenes = (_Scene(images / scene, tuple(persons), partial) for scene, persons in sorted(by_scene.items()))
+        with progress(title, len(by_scene)) as advance:
             for _ in map_processes(_crop_scene, scenes, cores() if len(by_scene) > 100 else 1):
                 advance(1)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                touch(partial)
     return len(appearances)
 
 

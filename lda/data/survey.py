@@ -18,11 +18,10 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from lda.data.cache import cache_dir
-from lda.data.intact import damaged, read_lists
 from lda.data.records import ImageRecord, ReidDataset, Split
-from lda.data.verify import byte_digests
 from lda.errors import UsageError
 
 CLUTTER = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
@@ -133,6 +132,7 @@ class StandIn:
     counts: Mapping[str, Mapping[str, Mapping[str, int]]]  # data set -> part -> {"ids", "images", "cameras"}
     hashes: Mapping[str, str] = field(default_factory=dict)  # data set that joined later -> its own
     root: Path | None = None  # folder of the marker
+    content: Mapping[str, Any] = field(default_factory=dict)  # all of the marker
 
     def hash_of(self, name: str) -> str:
         """The content hash that results on data set `name` depend on."""
@@ -219,7 +219,6 @@ class Survey:
             splits=tuple(splits),
         )
         if self.standin:
-            self._check_drawn(self.standin)
             drawn = self.standin.hash_of(self.name)
             return replace(dataset, data_hash=drawn, test_hash=drawn)
         tests = [part for split in dataset.test_splits for part in (split.query, split.gallery)]
@@ -228,17 +227,6 @@ class Survey:
             data_hash=content_hash([dataset.train, *tests], dataset.root, archive),
             test_hash=content_hash(tests, dataset.root, archive),
         )
-
-    def _check_drawn(self, standin: StandIn) -> None:
-        """Raises UsageError where drawn files are not what was drawn; nothing is known of a tree without digests."""
-        if standin.root is None:
-            return
-        broken = damaged(standin.root, read_lists(standin.root / DIGESTS).get(self.name, {}))
-        if broken:
-            raise UsageError(
-                f"{standin.root}: {len(broken):,} files of the stand-in's {self.title} are damaged or missing, "
-                f"{broken[0]} first; remove that folder and generate it again"
-            )
 
     # --- finding -----------------------------------------------------------------------------------------------------
     def locate(self, *layouts: Layout) -> Found | None:
@@ -369,6 +357,8 @@ def content_hash(parts: Sequence[Sequence[ImageRecord]], root: Path, archive: Pa
     and byte, on who is where, and on how the images are divided. A file that has not changed is not read again, see
     `lda.data.verify.byte_digests`.
     """
+    from lda.data.verify import byte_digests  # it loads PIL, and the catalogue imports this file for a few names
+
     digest = hashlib.sha256()
     paths = {record.path for part in parts for record in part} if archive is None else {archive}
     digests = byte_digests(sorted(paths), root, cache_dir(), root.name)
@@ -439,7 +429,7 @@ def read_standin(folder: Path) -> StandIn | None:
         if _exists(path):
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
-                return StandIn(str(content["hash"]), content["counts"], content.get("hashes", {}), place)
+                return StandIn(str(content["hash"]), content["counts"], content.get("hashes", {}), place, content)
             except (ValueError, KeyError, TypeError) as error:
                 raise UsageError(f"{path}: not a stand-in marker ({error}); generate the stand-in again") from None
     return None

@@ -24,9 +24,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +33,7 @@ import numpy as np
 
 from lda.data.cache import cache_dir
 from lda.data.catalogue import Facts
+from lda.data.making import whole_folder
 from lda.data.matlab import load_mat
 from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset, Split
@@ -222,20 +220,12 @@ def _unpacked(mat: Path, boxes: str) -> Path:
     folder = cache_dir() / "cuhk03" / key / f"images_{boxes}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     from PIL import Image  # here, as h5py and scipy: the catalogue imports this file for its name
 
-    partial = folder.parent / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        partial.mkdir()
-        for name, image in _mat_images(mat, boxes):
-            Image.fromarray(image).save(partial / name)
-        os.replace(partial, folder)  # the folder appears only when it is whole
-    except OSError:
-        if not folder.is_dir():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(folder, f"unpacking {mat}") as partial:
+        if partial is not None:
+            for name, image in _mat_images(mat, boxes):
+                Image.fromarray(image).save(partial / name)
     return folder
 
 

@@ -18,9 +18,10 @@ from lda.arguments import HIGHEST_SEED, Parser, output_file, output_folder, whol
 from lda.command import exit_code
 from lda.data.catalogue import title
 from lda.data.standin.cuhk03_release import write_release
+from lda.data.standin.damage import VERSION
 from lda.data.standin.draw import plans
 from lda.data.standin.layouts import SCALES, Plan, Shot
-from lda.data.standin.tree import VERSION, generate
+from lda.data.standin.tree import generate
 from lda.data.survey import MARKER
 from lda.errors import UsageError
 from lda.files import atomic

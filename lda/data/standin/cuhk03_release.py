@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
+from lda.data.making import whole_folder
 from lda.data.standin.draw import plans
 from lda.data.standin.scenes import stable_rng
 from lda.data.survey import MARKER
@@ -63,13 +61,10 @@ def write_release(standin: Path, output: Path) -> None:
     output = output.expanduser().absolute()
     if output.exists():
         raise UsageError(f"{output} exists; name a new folder for the CUHK03 release")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.parent / f".{output.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
+    with whole_folder(output, "writing the CUHK03 release") as aside:
+        if aside is None:
+            raise UsageError(f"{output}: another process has made it meanwhile")
         _write(standin, aside, marker)
-        aside.replace(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(standin: Path, root: Path, marker: dict[str, Any]) -> None:

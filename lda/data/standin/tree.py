@@ -1,7 +1,6 @@
 """The stand-in: drawn pedestrians on disk in the layouts of the real data sets, so that the real loaders read them.
 
-A tree is written beside its place and renamed when it is complete, so a
-folder with a `STANDIN.json` is whole.
+A tree is written beside its place, synced and renamed when it is complete, so a folder with a `STANDIN.json` is whole.
 
 STANDIN.json: {"version", "seed", "scale", "hash", "hashes": {data set: hash}, "counts": {data set: {part: {"ids",
 "images", "cameras"}}}}. A hash covers every file's relative name with its decoded pixels (other files: their bytes),
@@ -18,23 +17,22 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lda.command import cores, progress
 from lda.data.cache import cache_dir
-from lda.data.intact import damaged, digests_of, read_lists, write_lists
-from lda.data.making import alone, new_folder, publish, remove_left_over
+from lda.data.intact import digests_of, read_lists, write_lists
+from lda.data.making import alone, new_folder, publish, remove_left_over, touch, unwritable
 from lda.data.processes import map_processes
-from lda.data.standin.draw import draw_chunk, draw_shot, pixel_digest, plans
-from lda.data.standin.layouts import FIRST, LAYOUTS, SCALES, Plan
+from lda.data.standin.damage import VERSION, damage, joint_hash, paths
+from lda.data.standin.draw import draw_chunk, draw_shot, plans
+from lda.data.standin.layouts import FIRST, LAYOUTS, SCALES
 from lda.data.survey import DIGESTS, MARKER
-from lda.errors import UsageError, unknown, warn
+from lda.errors import DamagedError, UsageError, unknown, warn
 from lda.files import atomic, read_json, write_json
-
-VERSION = 1
-"""Of the drawing. Results on different versions do not compare."""
 
 _CHUNK = 64  # images a process draws at a time
 _ALONE = 1500  # up to so many images, starting processes costs more than it saves
@@ -45,12 +43,15 @@ def ensure_standin(scale: str = "small", seed: int = 0) -> Path:
     there is ours to make again. Raises UsageError for a bad scale."""
     _check(scale, seed)
     root = cache_dir() / f"standin-v{VERSION}-{scale}-s{seed}"
-    if root.is_dir() and any(root.iterdir()) and not _is_whole_marker(root):
-        with alone(root, f"drawing stand-in {scale}"), new_folder(root) as aside:
-            if not _is_whole_marker(root):
-                warn(f"{root / MARKER} is damaged or missing; the stand-in is drawn again")
-                root.replace(aside)
-    mend(root, generate(root, scale, seed))
+    try:
+        marker = generate(root, scale, seed)
+    except DamagedError:
+        warn(f"{root / MARKER} is damaged or missing; the stand-in is drawn again")
+        _discard(root)
+        marker = generate(root, scale, seed)
+    if not _mended(root, marker):
+        _discard(root)
+        generate(root, scale, seed)
     return root
 
 
@@ -84,14 +85,6 @@ def _missing(marker: dict[str, Any] | None) -> list[str]:
     return [name for name in LAYOUTS if marker is None or name not in marker["counts"]]
 
 
-def _is_whole_marker(root: Path) -> bool:
-    try:
-        read_marker(root)
-    except UsageError:
-        return False
-    return True
-
-
 def _check(scale: str, seed: int) -> None:
     if scale not in SCALES:
         raise UsageError(unknown("scale", scale, SCALES))
@@ -101,19 +94,24 @@ def _check(scale: str, seed: int) -> None:
 
 # --- the tree --------------------------------------------------------------------------------------------------------
 def read_marker(root: Path) -> dict[str, Any]:
-    """The content of a tree's STANDIN.json. Raises UsageError where there is none that can be read."""
-    try:
+    """The content of a tree's STANDIN.json. Raises DamagedError where there is none that can be read."""
+    with suppress(DamagedError):
         marker = read_json(root / MARKER)
-        _ = [marker[key] for key in ("version", "scale", "seed", "hash", "counts")]
-        return marker
-    except (UsageError, LookupError):
-        raise UsageError(f"{root} exists and is not a stand-in (no readable {MARKER}); name another folder") from None
+        if marker.keys() >= {"version", "scale", "seed", "hash", "counts"}:
+            return marker
+    raise DamagedError(f"{root} exists and is not a stand-in (no readable {MARKER}); name another folder")
 
 
 def _existing(output: Path, scale: str, seed: int) -> dict[str, Any] | None:
     """The marker of a finished tree, None if `output` is free. Raises UsageError if it is anything else."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
+    try:
+        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+            return None
+        os.stat(output / MARKER)  # which needs the right to look into the folder
+    except PermissionError as error:
+        raise unwritable(output, error, "read") from None
+    except OSError:
+        pass  # there is no marker, or no folder
     wanted = {"version": VERSION, "scale": scale, "seed": seed}
     marker = read_marker(output)
     found = {key: marker[key] for key in wanted}
@@ -125,6 +123,7 @@ def _existing(output: Path, scale: str, seed: int) -> dict[str, Any] | None:
 def _add_sets(aside: Path, output: Path, drawn: dict[str, Any]) -> dict[str, Any]:
     """Moves data sets drawn in `aside` into a stand-in that lacks them; returns its new marker."""
     try:
+        os.sync()  # before the marker says that they are here
         for folder in sorted(path for path in aside.iterdir() if path.is_dir()):
             try:
                 folder.replace(output / folder.name)
@@ -153,7 +152,7 @@ def _draw_tree(root: Path, scale: str, seed: int, names: Iterable[str], processe
     ]
     digests: dict[str, str] = {}
     for plan in planned.values():
-        for path in _paths(plan):
+        for path in paths(plan):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
         for path, content in plan.files.items():
             (root / path).write_bytes(content)
@@ -163,60 +162,46 @@ def _draw_tree(root: Path, scale: str, seed: int, names: Iterable[str], processe
         for drawn in map_processes(draw, chunks, processes or (1 if shots <= _ALONE else cores())):
             digests.update(drawn)
             advance(len(drawn))
-    first = [path for name in FIRST if name in planned for path in _paths(planned[name])]
+            touch(root)
+    first = [path for name in FIRST if name in planned for path in paths(planned[name])]
     marker = {
         "version": VERSION,
         "scale": scale,
         "seed": seed,
-        "hash": _joint_hash(first, digests),
-        "hashes": {name: _joint_hash(_paths(plan), digests) for name, plan in planned.items() if name not in FIRST},
+        "hash": joint_hash(first, digests),
+        "hashes": {name: joint_hash(paths(plan), digests) for name, plan in planned.items() if name not in FIRST},
         "counts": {name: plan.counts for name, plan in planned.items()},
     }
-    write_lists(root / DIGESTS, {name: digests_of(root, _paths(plan)) for name, plan in planned.items()})
+    write_lists(root / DIGESTS, {name: digests_of(root, paths(plan)) for name, plan in planned.items()})
     write_json(root / MARKER, marker)
     return marker
-
-
-def _paths(plan: Plan) -> list[str]:
-    return [*(shot.path for shot in plan.shots), *plan.files]
-
-
-def _joint_hash(paths: Iterable[str], digests: Mapping[str, str]) -> str:
-    return hashlib.sha256("".join(f"{path} {digests[path]}\n" for path in sorted(paths)).encode()).hexdigest()
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
-def mend(root: Path, marker: dict[str, Any]) -> None:
-    """Draw again what is damaged or missing in a tree.
-
-    One from before there were lists of digests is first compared with its marker by its pixels, which takes as long as
-    decoding it, and then gets lists, where it can be written.
-    """
-    planned = plans(marker["scale"], marker["seed"], marker["counts"])
-    lists = read_lists(root / DIGESTS)
-    unknown = [name for name in planned if name not in lists]
-    broken = {name: damaged(root, lists[name]) for name in planned if name in lists}
-    if unknown and not _pixels_agree(root, planned, marker):
-        broken |= {name: _paths(planned[name]) for name in unknown}
-    redrawn = [path for paths in broken.values() for path in paths]
-    if redrawn:
-        warn(f"{root}: {len(redrawn):,} files of the stand-in are damaged, {redrawn[0]} first; they are drawn again")
-    if not redrawn and (not unknown or not os.access(root, os.W_OK)):
-        return
-    with alone(root, "mending the stand-in"):
-        for name, paths in broken.items():
-            _draw_again(root, name, planned[name], set(paths), marker)
-        write_lists(root / DIGESTS, {name: digests_of(root, _paths(plan)) for name, plan in planned.items()})
+def _mended(root: Path, marker: dict[str, Any]) -> bool:
+    """Draw again what is damaged or missing in a tree. False if the whole tree has to be drawn again."""
+    broken = damage(root, marker)
+    if not broken:
+        return True
+    warn(f"{root}: {len(broken):,} files of the stand-in are damaged, {broken[0]} first; it is drawn again")
+    with alone(root, "drawing what is damaged of the stand-in"):
+        if MARKER in broken:
+            return False
+        _draw_again(root, marker, set(broken))
+        if damage(root, marker):  # another library's file has other bytes; whether it has the same pixels is to be seen
+            (root / DIGESTS).unlink(missing_ok=True)
+        return not damage(root, marker)
 
 
-def _draw_again(root: Path, name: str, plan: Plan, paths: set[str], marker: dict[str, Any]) -> None:
-    for path in sorted(paths & set(plan.files)):
-        _write(root / path, plan.files[path])
-    for shot in plan.shots:
-        if shot.path in paths:
-            _write(root / shot.path, draw_shot(name, shot, marker["scale"], marker["seed"]))
+def _draw_again(root: Path, marker: dict[str, Any], broken: set[str]) -> None:
+    for name, plan in plans(marker["scale"], marker["seed"], marker["counts"]).items():
+        for path in broken & plan.files.keys():
+            _write(root / path, plan.files[path])
+        for shot in plan.shots:
+            if shot.path in broken:
+                _write(root / shot.path, draw_shot(name, shot, marker["scale"], marker["seed"]))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -224,17 +209,15 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def _pixels_agree(root: Path, planned: Mapping[str, Plan], marker: dict[str, Any]) -> bool:
-    """Whether a tree's decoded pixels are those of its marker."""
+def _discard(root: Path) -> None:
+    """Remove a damaged tree, at once as others see it; unless somebody else has just drawn another."""
+    with alone(root, "removing a damaged stand-in"), new_folder(root) as aside:
+        if root.is_dir() and not _is_sound(root):
+            root.replace(aside)
+
+
+def _is_sound(root: Path) -> bool:
     try:
-        digests = {
-            path: hashlib.sha256(content).hexdigest() if path in plan.files else pixel_digest(content)
-            for plan in planned.values()
-            for path in _paths(plan)
-            for content in [(root / path).read_bytes()]
-        }
-    except (OSError, ValueError, SyntaxError):  # missing, or no image any more
+        return not damage(root, read_marker(root))
+    except DamagedError:
         return False
-    first = _joint_hash([path for name in FIRST if name in planned for path in _paths(planned[name])], digests)
-    later = {name: _joint_hash(_paths(plan), digests) for name, plan in planned.items() if name not in FIRST}
-    return bool(first == marker["hash"] and later == marker.get("hashes", {}))
