@@ -322,7 +322,7 @@ def test_what_is_not_the_wanted_standin_is_refused(tiny: Path, tmp_path: Path) -
     with pytest.raises(UsageError, match="seed: -1"):
         ensure_standin("tiny", -1)
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"cannot be written \(Not a directory"):
+    with pytest.raises(UsageError, match=r"cannot be written \("):
         generate(tmp_path / "file" / "below" / "tree", "tiny", 0)
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -29,7 +28,6 @@ FORMAT = 1
 CHUNK = 256  # images a process checks at a time
 ALONE = 4096  # up to so many images, starting processes costs more than it saves
 ANNOUNCED = 2000  # new files from which reading them is worth a line on the screen
-READERS = 16  # files read at a time
 SMALL = 8  # pixels: a shorter side shows nothing of a person
 EXIF_ORIENTATION = 0x0112
 
@@ -124,16 +122,14 @@ def byte_digests(paths: Iterable[Path], folder: Path, cache_dir: Path, title: st
         with alone(memory.path, f"reading {len(new):,} images of {title}"):
             found, new = memory.known(wanted)
             read: dict[Path, Digest] = {}
-            pool = ThreadPoolExecutor(READERS)  # they wait for the disk, not for a core
             try:
                 with progress(
                     f"{title}: reading {len(new):,} new files", len(new), quiet=len(new) <= ANNOUNCED
                 ) as advance:
-                    for path, digest in zip(new, pool.map(_read, new), strict=True):
-                        read[path] = digest
+                    for path in new:  # one by one: Ctrl-C need not wait for threads that read
+                        read[path] = _read(path)
                         advance(1)
             finally:
-                pool.shutdown(cancel_futures=True)  # Ctrl-C waits for what is being read, not for all that is asked
                 memory.add(read)  # the next one goes on from here
             found |= read
     return {path: found[path].digest for path in wanted}
