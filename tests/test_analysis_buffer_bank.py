@@ -303,8 +303,8 @@ def test_one_domain_has_no_distances(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere does not exist; expected a study's folder"),
-        (["run", "--channels", "0"], "--channels: expected at least 1, got 0"),
+        (["nowhere"], "nowhere: there is no such folder"),
+        (["run", "--channels", "0"], "--channels: expected a whole number from 1"),
         (["run", "--layers", "bn9"], "--layers: unknown layer 'bn9' (did you mean 'bn1'?)"),
     ],
 )

@@ -313,6 +313,7 @@ def test_a_folder_in_use_is_refused_and_a_finished_unit_is_not(
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_commands_and_signals(standin_tiny: Path, tmp_path: Path) -> None:
     """The second command exits with 2. SIGTERM ends the first as Ctrl-C does, whose children get both, with a true line
     about how it goes on: before the first checkpoint and after it. Under nohup it outlives its terminal."""

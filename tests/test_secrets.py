@@ -125,6 +125,7 @@ def check(command: Command, name: str) -> None:
         assert not leaks(said)
 
 
+@pytest.mark.slow
 def test_a_study_tells_its_password_to_nobody(server: Server, tmp_path: Path, standin_tiny: Path) -> None:
     command = study(server, tmp_path, standin_tiny, "option", "disabled")
     told = json.loads((tmp_path / "runs/option/study.json").read_text())
@@ -174,7 +175,7 @@ def test_a_mistake_on_the_command_line_does_not_repeat_it(tmp_path: Path) -> Non
         command = [sys.executable, *program, "--study", "smoke", "--storrage", f"postgresql://u:{AS_TYPED}@h/d"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
         assert done.returncode == 2
-        assert "--storrage postgresql://u:***@h/d" in done.stderr
+        assert "did you mean '--storage'?" in done.stderr
         assert not leaks((done.stdout + done.stderr).encode())
 
 

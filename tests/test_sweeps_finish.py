@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from study_files import write_study
-from test_tracking import inspected
+from test_tracking import records
 
 from sweeps.finish import finish
 from sweeps.plan.spec import StudySpec
@@ -30,7 +30,7 @@ def ended(spec: StudySpec, folder: Path, capfd: Capture, complete: bool = True) 
     """(stdout, stderr, the W&B run as wandb's own viewer reads it)."""
     finish("s", spec, StudyFolder(folder), "stand-in", complete)
     printed = capfd.readouterr()
-    return printed.out, printed.err, inspected(folder)
+    return printed.out, printed.err, str(records(folder))
 
 
 def test_table_and_figures_are_made_and_logged(spec: StudySpec, tmp_path: Path, capfd: Capture) -> None:

@@ -119,7 +119,7 @@ def test_data_that_cannot_be_used_stops_the_study(tmp_path: Path) -> None:
         (["--study", "smoke", "--set", "epochs=0"], "epochs: 0 is out of range, expected 1 to"),
         (["--study", "smoke", "--set", "epochs"], "expected KEY=VALUE"),
         (["--study", "smoke", "--set", "bank_momentum=2"], "bank_momentum: 2.0 is out of range"),
-        (["--study", "smoke", "--data-root", "nowhere"], "--data-root nowhere: there is no such folder"),
+        (["--study", "smoke", "--data-root", "nowhere"], "--data-root: nowhere: there is no such folder"),
         (["--study", "smoke", "--trials", "0"], "search.trials: expected 1 or more, got 0"),
         (["--study", "smoke", "--storage", "mysql://u:pw@h/d"], "--storage mysql://u:***@h/d: unknown kind of storage"),
         (["--study", "smoke", "--join"], "no study 'smoke' in runs/smoke yet; start it first"),
