@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -44,10 +45,13 @@ class Command:
     quick: bool = True
 
     def line(self, world: Path) -> list[str]:
-        return [sys.executable, *(word.replace("{world}", str(world)) for word in self.arguments.split())]
+        return [sys.executable, *(word.replace("{world}", str(world)) for word in shlex.split(self.arguments))]
 
 
-RUN, BANK = f"{REPOSITORY}/sweeps/run.py", f"{REPOSITORY}/analysis/buffer_bank.py"
+RUN, BANK, TABLES, REPORT = (  # a checkout may have spaces in its path
+    shlex.quote(f"{REPOSITORY}/{file}")
+    for file in ("sweeps/run.py", "analysis/buffer_bank.py", "analysis/tables.py", "analysis/report.py")
+)
 TRAINING = frozenset({"cache", "threads", "methods"})
 STUDY = frozenset({"cache", "methods", "storage"})
 COMMANDS = [
@@ -55,11 +59,11 @@ COMMANDS = [
     Command("draw_splits", "-m lda.data.draw_splits"),
     Command("status", f"{RUN} --study smoke --status", frozenset({"storage"}), code=2),  # no such study yet
     Command("doctor", "-m lda.data.doctor --data-root {world}/sets --dataset cuhk02 --lenient"),
-    Command("tables", f"{REPOSITORY}/analysis/tables.py {{world}}/done"),
+    Command("tables", f"{TABLES} {{world}}/done"),
     Command("slurm", "-m sweeps.slurm --logs logs -- --study smoke", frozenset({"slurm"}), code=2),  # sqlite
     Command("buffer_bank", f"{BANK} {{world}}/done --output out --layers bn1 --channels 8", quick=False),
-    Command("report", f"{REPOSITORY}/analysis/report.py {{world}}/done --output out", quick=False),
-    Command("report_help", f"{REPOSITORY}/analysis/report.py --help", quick=False),
+    Command("report", f"{REPORT} {{world}}/done --output out", quick=False),
+    Command("report_help", f"{REPORT} --help", quick=False),
     Command("carry_in", "-m sweeps.carry import {world}/mine.yaml --output out", code=2),  # no such file
     Command("carry_out", "-m sweeps.carry export {world}/sets out", frozenset({"storage"}), code=2),  # no study
     Command("dry_run", f"{RUN} --study {{world}}/mine.yaml --output out --dry-run", STUDY, quick=False),
@@ -267,6 +271,6 @@ def test_signs_are_spelt_out_where_a_locale_lacks_them(world: Path, tmp_path: Pa
 
 
 def test_a_reader_that_has_seen_enough_hears_no_word(tmp_path: Path) -> None:
-    script = f"{sys.executable} {RUN} --list | head -1"
+    script = f"{shlex.quote(sys.executable)} {RUN} --list | head -1"
     done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
