@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lda.errors import UsageError, warn
 from lda.files import read_json
 from lda.protocols import Protocol, get_protocol
-from lda.runs import CONFIG, ENVIRONMENT, FORMAT, RESULT, Result, checked_record, read_record
+from lda.runs import CONFIG, ENVIRONMENT, FORMAT, RESULT, Named, Result, checked_record, read_record
 
 STUDY = "study.json"
 TRIAL = "trial.json"
@@ -185,15 +185,6 @@ def read_trial(folder: Path) -> TrialRecord | Flaw:
 
 
 # --- a unit ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Named:
-    """The settings that name a unit for people."""
-
-    target: str
-    seed: int
-    method: str
 
 
 @dataclass(frozen=True)

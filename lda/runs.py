@@ -21,7 +21,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,21 +236,21 @@ class UnitFolder:
     @property
     def finished(self) -> bool:
         """Whether the unit has its result. One that is damaged is none."""
-        return self._result_content() is not None
+        return self._if_whole(read_json) is not None
 
     def result(self) -> Result | None:
         """The finished unit's result, None while it is unfinished; a damaged one is warned of, and none.
 
         Raises UsageError for a result of another format.
         """
-        return None if self._result_content() is None else Result.read(self.path)
+        return self._if_whole(lambda path: Result.read(path.parent))
 
-    def _result_content(self) -> dict[str, Any] | None:
+    def _if_whole(self, read: Callable[[Path], _T]) -> _T | None:
         path = self.path / RESULT
         if not os.path.lexists(path):
             return None
         try:
-            return read_json(path)
+            return read(path)
         except DamagedError as error:
             warn(f"{error}; the unit counts as unfinished")
             return None
@@ -297,7 +297,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class _Named:
+class Named:
     """The settings that name a unit for people; every run has them."""
 
     target: str
@@ -319,7 +319,7 @@ def read_unit(folder: Path) -> Unit:
     """
     files, path = UnitFolder(folder), folder / CONFIG
     known = read_record(path, _ConfigFile)
-    named = checked_record(known.config, _Named, f"{path}: config.")
+    named = checked_record(known.config, Named, f"{path}: config.")
     return Unit(files, known.unit, known.training, known.config, **vars(named), result=files.result())
 
 
@@ -355,24 +355,27 @@ def unit_folders(parent: Path) -> list[Path]:
 
 def is_finished(folder: Path, unit: str) -> bool:
     """Whether the folder holds the result of the unit of this hash, and it can be read."""
+    return _own_result(folder, unit) is not None
+
+
+def _own_result(folder: Path, unit: str) -> Result | None:
     try:
         result = UnitFolder(folder).result()
     except UsageError:
-        return False
-    return result is not None and result.unit == unit
+        return None
+    return result if result is not None and result.unit == unit else None
 
 
 def is_whole(folder: Path, unit: str) -> bool:
     """Whether the folder holds the finished unit of this hash and nothing that tells of it is damaged."""
-    files = UnitFolder(folder)
-    if not is_finished(folder, unit) or unit_of(folder) != unit or files.damaged_kept():
+    result = _own_result(folder, unit)
+    if result is None or unit_of(folder) != unit or UnitFolder(folder).damaged_kept():
         return False
     try:
-        rows = [row for row in _lines(folder / METRICS) if row is not None]
-        whole = (folder / METRICS).read_bytes().count(b"\n") == len(rows)
+        rows = _lines(folder / METRICS)
     except OSError:
         return False
-    return whole and bool(rows) and rows[-1]["step"] == Result.read(folder).steps
+    return bool(rows) and all(rows) and rows[-1] is not None and rows[-1]["step"] == result.steps
 
 
 def record_files(folder: Path) -> list[Path]:

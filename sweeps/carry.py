@@ -29,13 +29,12 @@ from lda.command import exit_code
 from lda.errors import FailedError, UsageError
 from lda.files import read_json, write_json
 from lda.runs import RESULT, UnitFolder, finished, record_files, unit_folders
-from sweeps.list.addresses import VARIABLE, asked_for, has_password, storage_url
+from sweeps.list.addresses import DATABASE, VARIABLE, asked_for, has_password, storage_url
 from sweeps.run import StudyParser
 from sweeps.study_folder import EVENTS, STUDY, StudyFolder
 
 MANIFEST = "MANIFEST.json"
 _FORMAT = 1
-_LIST = "optuna.db"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,8 +92,8 @@ def export_study(study: Path, file: Path, url: str, checkpoints: bool) -> None:
         if gathered.left:
             raise FailedError(f"{len(gathered.left)} finished units are not here: {', '.join(map(str, gathered.left))}")
         members = {source.relative_to(folder.path).as_posix(): source for source in _carried(folder, checkpoints)}
-        members[_LIST] = Path(scratch) / _LIST
-        _copy_list(storage, name, members[_LIST])
+        members[DATABASE] = Path(scratch) / DATABASE
+        _copy_list(storage, name, members[DATABASE])
         _pack(members, {"study": name, TOKEN: token}, Path(scratch), file)
     units = sum(member.endswith(f"/{RESULT}") for member in members)
     print(f"{name}: {units} finished units in {file} ({file.stat().st_size / 2**20:.1f} MiB)")
@@ -216,8 +215,8 @@ def _merge(carried: Path, target: Path, manifest: dict[str, Any]) -> None:
     there = StudyFolder(target).read_study()
     if there is None or there.get(TOKEN) != manifest[TOKEN]:
         raise UsageError(f"{target} is the folder of another study; give another --output")
-    newer = not (target / _LIST).exists() or _goes_on(target / _LIST, carried / _LIST)
-    if not newer and not _goes_on(carried / _LIST, target / _LIST):
+    newer = not (target / DATABASE).exists() or _goes_on(target / DATABASE, carried / DATABASE)
+    if not newer and not _goes_on(carried / DATABASE, target / DATABASE):
         raise UsageError(
             f"{target} went on after the study was carried, and so did the other: these are two studies by now; give "
             "another --output"
@@ -229,7 +228,7 @@ def _merge(carried: Path, target: Path, manifest: dict[str, Any]) -> None:
             for source in sorted(unit.iterdir(), key=lambda path: path.name == RESULT):
                 os.replace(source, place / source.name)
     if newer:
-        for source in [carried / _LIST, *sorted(carried.glob("trial-*/trial.json"))]:
+        for source in [carried / DATABASE, *sorted(carried.glob("trial-*/trial.json"))]:
             place = target / source.relative_to(carried)
             place.parent.mkdir(exist_ok=True)
             shutil.move(source, place)

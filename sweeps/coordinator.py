@@ -234,7 +234,8 @@ class Coordinator:
     def _excuse_sick_workers(self, ledger: Ledger) -> None:
         """A worker that failed several configurations and finished none stops: its failures are its machine's. So are
         those of all workers here, where each has failed and none has finished anything."""
-        failed = {name: ledger.failures_of(name) for name in self.workers.open}
+        slots = self.workers.open
+        failed = dict(zip(slots, ledger.failures_of(*slots), strict=True))
         every = [attempt for attempts in failed.values() for attempt in attempts]
         all_sick = all(failed.values()) and is_sick(every)
         for name, attempts in failed.items():
@@ -270,9 +271,9 @@ class Coordinator:
 
     def _tell_limit(self, known: list[Configuration], at: float) -> None:
         """Say once that a limit ended the search, where it did."""
-        reason = shortfall(self.budget, known, at)
-        if reason and not self._limit_told:
-            self.folder.event("limit", reason)
+        words = shortfall(self.budget, known, at)
+        if words and not self._limit_told:
+            self.folder.event("limit", words)
             self._limit_told = True
 
 

@@ -17,7 +17,7 @@ from sweeps.list.archive import Archive
 from sweeps.list.attempts import Configuration
 from sweeps.list.jobs import configuration_job
 from sweeps.plan.spec import StudySpec
-from sweeps.study_folder import StudyFolder, unit_name
+from sweeps.study_folder import StudyFolder
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def recorded(spec: StudySpec, configuration: Configuration) -> list[Recorded]:
     """The finished units of a configuration."""
     job = configuration_job(spec, configuration)
     return [
-        Recorded(f"{job.trial}/{unit_name(target, job.seed)}", target, row["unit"], row["host"], row.get("folder", ""))
+        Recorded(job.place(target), target, row["unit"], row["host"], row.get("folder", ""))
         for target, row in configuration.units.items()
     ]
 

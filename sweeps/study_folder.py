@@ -108,10 +108,6 @@ class StudyFolder:
         """Folder of the finished study's figures."""
         return self.path / "figures"
 
-    def unit(self, trial: str, target: str, seed: int) -> Path:
-        """Folder of one unit."""
-        return self.path / trial / unit_name(target, seed)
-
     def finished_unit(self, unit: str) -> Path | None:
         """A unit of this study that is finished and has this hash, wherever it was run."""
         for trial in sorted(self.path.glob("trial-*")):

@@ -34,15 +34,11 @@ def disk_full(arena: Arena) -> Play:
 
 @named("last line of metrics.jsonl half written")
 def metrics_cut(arena: Arena) -> Play:
-    command = arena.command()
-    process = command.start()
-    wait_for(training(command, 1), process=process)
-    command.kill_everything(process)
-    folder = unit(command, 1)
-    assert folder is not None
-    path = folder / "metrics.jsonl"
-    path.write_bytes(path.read_bytes()[:-7])
-    return 1, [command], command.run()
+    def damage(finished: Path, running: Path) -> None:
+        path = running / "metrics.jsonl"
+        path.write_bytes(path.read_bytes()[:-7])
+
+    return _damaged_between(arena, damage)
 
 
 @named("checkpoint truncated")

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from studies import REPOSITORY
+from test_unit import StopError, stop_at
 
 from lda.checkpoint import read_checkpoint
 from lda.config import Config, preset
@@ -37,7 +38,7 @@ from lda.runs import (
     read_metrics,
     read_unit,
 )
-from lda.unit import Progress, run_unit
+from lda.unit import run_unit
 
 BANK = f"{BUFFER_BANK}.npz"
 FILES = (CONFIG, ENVIRONMENT, METRICS, CHECKPOINT, RESULT, BANK)
@@ -49,18 +50,6 @@ def quick(**changes: Any) -> Config:
     settings |= {"image_height": 32, "image_width": 16, "ids_per_batch": 4, "images_per_id": 2, "log_every": 1}
     settings |= {"bank_warmup_updates": 0, "threads": 1, "wandb": "disabled", "evaluate_every": 1}
     return preset("standin", **{"protocol": "protocol3", "target": "cuhk03", **settings, **changes})
-
-
-class StopError(RuntimeError):
-    """Raised by a test in the middle of a run."""
-
-
-def stop_at(step: int) -> Any:
-    def on_progress(progress: Progress) -> None:
-        if progress.step == step:
-            raise StopError
-
-    return on_progress
 
 
 @pytest.fixture(scope="module")

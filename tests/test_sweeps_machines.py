@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from test_sweeps_ledger import SPACE, ledger
 
 from sweeps.list.attempts import UNIT
@@ -26,6 +26,11 @@ def fail(work: Ledger, worker: str) -> int:
     work.release(trial.number, "error", "CUDA error")
     work.requeue()
     return place(work, trial)
+
+
+def failures(work: Ledger) -> list[FrozenTrial]:
+    """What the first slot of host a is charged with."""
+    return work.failures_of("a-0")[0]
 
 
 def place(work: Ledger, trial: Trial) -> int:
@@ -79,20 +84,20 @@ def test_another_host_comes_before_another_slot_of_the_same(work: Ledger) -> Non
 
 def test_several_configurations_in_a_row_and_nothing_finished_is_the_workers_fault(work: Ledger) -> None:
     for _ in range(4):  # three of the first, which is given up for it, and one of the next
-        assert not is_sick(work.failures_of("a-0"))
+        assert not is_sick(failures(work))
         fail(work, "a-0-000001")
-    failed = work.failures_of("a-0")
+    failed = failures(work)
     assert is_sick(failed)
     work.excuse("a-0", failed)
     assert [c.failures for c in work.configurations()] == [0, 0]
-    assert work.failures_of("a-0") == []  # mended and started again, it begins anew
+    assert failures(work) == []  # mended and started again, it begins anew
 
 
 def test_excused_configurations_that_were_given_up_come_back(work: Ledger) -> None:
     for number in range(9):
         fail(work, f"a-0-{number:06}")
     assert [c.given_up(2) for c in work.configurations()].count(True) >= 1
-    work.excuse("a-0", work.failures_of("a-0"))
+    work.excuse("a-0", failures(work))
     assert not any(c.given_up(2) for c in work.configurations())
     work.requeue()
     assert all(c.last.state == TrialState.WAITING for c in work.configurations())
@@ -101,7 +106,7 @@ def test_excused_configurations_that_were_given_up_come_back(work: Ledger) -> No
 def test_one_configuration_that_fails_again_and_again_is_at_fault_itself(tmp_path: Path) -> None:
     work = ledger(storage_url(None, tmp_path), trials=1)
     assert [fail(work, "a-0-000001") for _ in range(3)] == [0, 0, 0]
-    assert not is_sick(work.failures_of("a-0"))
+    assert not is_sick(failures(work))
     assert work.configurations()[0].given_up(2)
 
 
@@ -116,7 +121,7 @@ def test_anything_finished_ends_the_row(work: Ledger, how: str) -> None:
     else:
         trial.set_user_attr(f"{UNIT}cuhk03", {"unit": "abc", "worker": "a-0-000003"})
         work.release(trial.number, "error", "after a unit was finished")
-    assert work.failures_of("a-0") == []
+    assert failures(work) == []
 
 
 def test_silence_is_a_failure_the_third_time_only(work: Ledger) -> None:

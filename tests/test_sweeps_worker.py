@@ -110,8 +110,8 @@ def test_a_worker_that_leaves_in_order_leaves_nothing(tmp_path: Path) -> None:
 def test_a_unit_run_before_is_found_wherever_it_lies(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path)
     for trial, unit in (("trial-0000", "aaa"), ("trial-0001", "bbb")):
-        write_unit(folder.unit(trial, "cuhk03", 0), "cuhk03", unit=unit)
+        write_unit(folder.path / trial / "cuhk03-s0", "cuhk03", unit=unit)
     (tmp_path / "trial-0002").mkdir()
-    folder.unit("trial-0002", "cuhk03", 0).symlink_to("../trial-0001/cuhk03-s0")
-    assert folder.finished_unit("bbb") == folder.unit("trial-0001", "cuhk03", 0)
+    (folder.path / "trial-0002" / "cuhk03-s0").symlink_to("../trial-0001/cuhk03-s0")
+    assert folder.finished_unit("bbb") == folder.path / "trial-0001" / "cuhk03-s0"
     assert folder.finished_unit("ccc") is None

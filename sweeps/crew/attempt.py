@@ -84,7 +84,7 @@ class Attempt:
         row: dict[str, Any] | None = self.trial.user_attrs.get(UNIT + target)
         if row is None or row["unit"] != self._unit(target, config):
             return None
-        if is_whole(self.post.folder.path / self._place(target), row["unit"]) or self._lies_elsewhere(target, row):
+        if is_whole(self.post.folder.path / self.job.place(target), row["unit"]) or self._lies_elsewhere(target, row):
             return row
         self.post.event("waiting", f"{self.job.title} {target} was finished and its files are gone: run again")
         return None
@@ -96,11 +96,7 @@ class Attempt:
             return False
         if (row["host"], row.get("folder")) != (platform.node(), str(self.post.folder.path)):
             return True
-        return self.post.patiently(lambda: archive.holds(self._place(target), row["unit"]))
-
-    def _place(self, target: str) -> str:
-        """Of the unit's folder below the study's."""
-        return f"{self.job.trial}/{unit_name(target, self.job.seed)}"
+        return self.post.patiently(lambda: archive.holds(self.job.place(target), row["unit"]))
 
     def _run(self, index: int, target: str, config: Config) -> dict[str, Any]:
         at = {"trial": self.job.trial, "target": target, "seed": self.job.seed}
@@ -113,14 +109,14 @@ class Attempt:
                 self.post.say(score=progress.score)
                 self._judge(index * config.schedule.epochs + progress.epoch, {**self._scores, target: progress.score})
 
-        folder, unit = self.post.folder.path / self._place(target), self._unit(target, config)
+        folder, unit = self.post.folder.path / self.job.place(target), self._unit(target, config)
         result = self._finished_elsewhere(folder, unit) or self._train(config, folder, target, on_progress)
         self.post.check()
         row = {"unit": result.unit, "mAP": result.mAP, "rank1": result.rank1, "seconds": result.seconds}
         row |= {"score": result.selection.score, "host": platform.node(), "worker": self.post.worker}
         row |= {"folder": str(self.post.folder.path)}
         if (archive := self.archive) is not None:  # before the storage learns that the unit is done
-            self.post.patiently(lambda: archive.keep(self._place(target), unit, folder))
+            self.post.patiently(lambda: archive.keep(self.job.place(target), unit, folder))
         self.post.patiently(lambda: self.trial.set_user_attr(UNIT + target, row))
         not_used = "" if result.selection.rule == "oracle" else ", not used"
         self.post.event(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 VARIABLE = "LDA_STORAGE"
 JOURNAL = "journal:"
 HIDDEN = "***"
-_DATABASE, _LOG = "optuna.db", "optuna-journal.log"  # of a study's own, in its folder
+DATABASE, _LOG = "optuna.db", "optuna-journal.log"  # of a study's own, in its folder
 _SQLITE = "sqlite:///"
 _SCHEMES = ("sqlite", "postgresql", "journal")
 _FORM = "postgresql://USER@HOST/DATABASE"
@@ -52,7 +52,7 @@ def storage_url(requested: str | None, folder: Path) -> str:
     Raises UsageError for a kind that is not supported and for an address that is none.
     """
     if requested is None:
-        return _sqlite_url(folder.resolve() / _DATABASE)
+        return _sqlite_url(folder.resolve() / DATABASE)
     if requested == "journal":
         return f"{JOURNAL}{folder.resolve() / _LOG}"
     scheme, colon, rest = requested.partition(":")
@@ -118,7 +118,7 @@ def file_of(url: str) -> Path | None:
 
 def elsewhere(file: Path | None, study: str) -> str:
     """What begins a study anew when its storage (a file, or None: a server) holds another of its name."""
-    if file is not None and file.name in (_DATABASE, _LOG) and file.parent.name == study:
+    if file is not None and file.name in (DATABASE, _LOG) and file.parent.name == study:
         return "another --output"
     return "a study file of another name, or another database"
 

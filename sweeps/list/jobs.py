@@ -11,7 +11,7 @@ from optuna.trial import Trial
 from lda.config import METHOD
 from sweeps.list.attempts import Configuration, given_method
 from sweeps.plan.spec import StudySpec, named_point, unnamed_point
-from sweeps.study_folder import trial_name
+from sweeps.study_folder import trial_name, unit_name
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Job:
     seed: int
     changes: dict[str, Any]
     confirms: bool = False
+
+    def place(self, target: str) -> str:
+        """Of a unit's folder below the study's: trial-0003/market1501-s0."""
+        return f"{self.trial}/{unit_name(target, self.seed)}"
 
     @property
     def title(self) -> str:

@@ -93,9 +93,10 @@ class Ledger:
         """All configurations."""
         return configurations(self.trials(), excused(self.study.user_attrs))
 
-    def failures_of(self, slot: str) -> list[FrozenTrial]:
-        """What a slot failed since it last finished anything, oldest first; nothing that was excused."""
-        return failures_at(slot, slot_of, self.trials(), excused(self.study.user_attrs))
+    def failures_of(self, *slots: str) -> list[list[FrozenTrial]]:
+        """Per slot what it failed since it last finished anything, oldest first; nothing that was excused."""
+        trials, pardoned = self.trials(), excused(self.study.user_attrs)
+        return [failures_at(slot, slot_of, trials, pardoned) for slot in slots]
 
     def excuse(self, slot: str, failed: Sequence[FrozenTrial]) -> None:
         """Say that these failures were the slot's: they count against no configuration any more."""
