@@ -1,4 +1,4 @@
-"""What every command shares: how it ends and prints, how it shows progress, and how many cores it may use."""
+"""What every command shares: how it prints, ends and is interrupted, shows progress, and how many cores it may use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,6 +95,37 @@ def _drop_what_cannot_be_printed() -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# --- being told to stop ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """SIGTERM and SIGHUP interrupt as Ctrl-C does, and whichever comes second ends the process at once. What the parent
+    chose to ignore (nohup, a shell's background) stays ignored.
+
+    Yields what is set by then: an interrupt is raised anywhere, and Python swallows one that is raised in a destructor
+    or a callback (of the import system, say), so whoever works on for long must look.
+    """
+    told = threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        told.set()
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    found = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- cores -----------------------------------------------------------------------------------------------------------

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lda import config as configs
 from lda import methods
 from lda.arguments import HIGHEST_SEED, Parser, checked, existing_folder, output_folder, whole
-from lda.command import exit_code, openmp_threads
+from lda.command import exit_code, interruptible, openmp_threads
 from lda.data.cache import check_cache
 from lda.errors import UsageError
 from lda.protocols import PROTOCOLS, get_protocol
@@ -66,33 +65,11 @@ def resolve(options: argparse.Namespace) -> configs.Config:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m lda.train`: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
-    with _signals_interrupt():
-        return exit_code(lambda: _run(parse_arguments(arguments)))
+    with interruptible() as told:
+        return exit_code(lambda: _run(parse_arguments(arguments), told))
 
 
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP interrupt as Ctrl-C does, and whichever comes second ends the process at once. What the parent
-    chose to ignore (nohup, a shell's background) stays ignored."""
-
-    def interrupt(number: int, frame: object) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    found = {number: signal.getsignal(number) for number in numbers}
-    before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, told: threading.Event) -> int:
     config = resolve(options)
     name = f"{config.run.protocol}-{config.run.target}-{config.method.name}-s{config.run.seed}"
     configs.check_files(config)
@@ -109,8 +86,12 @@ def _run(options: argparse.Namespace) -> int:
             if progress.score is not None:
                 bar.console.print(f"epoch {progress.epoch}: selection score {100 * progress.score:.1f}")
 
+        def check() -> None:
+            if told.is_set():  # and what it raised was swallowed
+                raise KeyboardInterrupt
+
         try:
-            result = run_unit(config, folder, data_root=options.data_root, on_progress=show)
+            result = run_unit(config, folder, data_root=options.data_root, on_progress=show, check=check)
         except KeyboardInterrupt:
             print(f"interrupted; {_how_it_goes_on(folder)}", file=sys.stderr)
             return 130

@@ -11,6 +11,7 @@ import contextlib
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -26,7 +27,7 @@ from lda.arguments import (
     text,
     whole,
 )
-from lda.command import exit_code
+from lda.command import exit_code, interruptible
 from lda.config import check_files, parse_overrides
 from lda.data.cache import check_cache
 from lda.errors import UsageError
@@ -128,10 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     typed = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code(lambda: _started(arguments, typed))
+    with interruptible() as told:
+        return exit_code(lambda: _started(arguments, typed, told))
 
 
-def _started(arguments: list[str], typed: bool) -> int:
+def _started(arguments: list[str], typed: bool, told: threading.Event) -> int:
     given = parser().parse_args(arguments)
     if given.list:
         _list()
@@ -140,7 +142,7 @@ def _started(arguments: list[str], typed: bool) -> int:
         raise UsageError(f"--study NAME is missing; one of: {', '.join(study_names())}")
     if typed:
         _hide_password(arguments)
-    return _run(given, arguments)
+    return _run(given, arguments, told)
 
 
 def _list() -> None:
@@ -174,7 +176,7 @@ def split_storage(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return kept, storages
 
 
-def _run(given: argparse.Namespace, arguments: Sequence[str]) -> int:
+def _run(given: argparse.Namespace, arguments: Sequence[str], told: threading.Event) -> int:
     file = study_file(given.study)
     name = study_name(file)
     folder = given.output / name
@@ -195,7 +197,8 @@ def _run(given: argparse.Namespace, arguments: Sequence[str]) -> int:
         where = [("folder", str(folder)), ("storage", masked(url))]
         print(preview(name, spec, data, given.set, where))
         return 0
-    return _coordinate(given, name, spec, folder, url, slots, arguments)
+    plan = _plan(given, name, spec, folder, url, slots, arguments)
+    return _coordinate(plan, given.set, told)
 
 
 def _slots(workers: int | None, machine: Machine) -> tuple[Slot, ...]:
@@ -258,7 +261,7 @@ def _status(name: str, url: str, folder: Path) -> None:
         print(f"{len(absent)} finished units are not in {folder}; the study's command copies them: {absent[0]}, ...")
 
 
-def _coordinate(
+def _plan(
     given: argparse.Namespace,
     name: str,
     spec: StudySpec,
@@ -266,12 +269,12 @@ def _coordinate(
     url: str,
     slots: tuple[Slot, ...],
     arguments: Sequence[str],
-) -> int:
-    from sweeps.coordinator import Coordinator, Plan
+) -> Plan:
+    from sweeps.coordinator import Plan
     from sweeps.plan.images import prepare_data
     from sweeps.study_folder import StudyFolder
 
-    plan = Plan(
+    return Plan(
         study=name,
         spec=spec,
         folder=StudyFolder(folder.resolve()),
@@ -281,8 +284,16 @@ def _coordinate(
         command=_as_typed(arguments),
         mixed_code=given.allow_mixed_code,
     )
-    _announce(plan, given.set)
+
+
+def _coordinate(plan: Plan, fixed: Sequence[str], told: threading.Event) -> int:
+    """Run a study to its end. Returns the exit code."""
+    from sweeps.coordinator import Coordinator
+
+    _announce(plan, fixed)
     with contextlib.closing(Coordinator(plan)) as coordinator:
+        if told.is_set():  # and what it raised was swallowed
+            coordinator.stop.set()
         return _run_to_its_end(coordinator)
 
 

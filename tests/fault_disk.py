@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from fault_arena import STEPS, Arena, Play, Skip, injected, named, small_disk, training, unit
+from fault_arena import STEPS, Arena, Play, Skip, injected, named, root, small_disk, training, unit
 from studies import wait_for
 
 
@@ -147,17 +147,20 @@ def study_emptied(arena: Arena) -> Play:
 
 @named("read-only disk for a while")
 def read_only(arena: Arena) -> Play:
-    """The study's disk is mounted read-only in the middle of a unit, as after an error of its file system."""
-    arena.stack.enter_context(small_disk(arena.folder, mebibytes=400))
+    """The study's disk is mounted read-only in the middle of a unit, as after an error of its file system: a read-only
+    view lies over it, so that files which are open stay writable, and no other can be opened, made or renamed."""
+    root("mounting")
     command = arena.command()
     process = command.start()
     for trial in (0, 1):
         wait_for(training(command, trial), process=process)
-        for how in ("ro", "rw"):
-            done = subprocess.run(["mount", "-o", f"remount,{how}", str(arena.folder)], capture_output=True, text=True)
-            if done.returncode != 0:  # files are open for writing
-                raise Skip(f"no remounting here: {done.stderr.strip()}")
-            time.sleep(3)
+        folder = str(arena.folder)
+        for options in (["--bind", folder, folder], ["-o", "remount,ro,bind", folder]):
+            done = subprocess.run(["mount", *options], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise Skip(f"no mounting here: {done.stderr.strip()}")
+        time.sleep(3)
+        subprocess.run(["umount", "--lazy", folder], check=True)
     return 2, [command], process.wait(300)
 
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -77,6 +78,11 @@ class Outcome:
     failed: int
     retried: int
     seconds: float
+
+    @property
+    def wrong(self) -> bool:
+        """Whether something was lost, done twice, left over, or came out differently."""
+        return bool(self.lost or self.twice or self.running or self.different) or not self.finished
 
 
 class Watch:
@@ -213,8 +219,8 @@ def _report_made(study: Path) -> bool:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def table(outcomes: Sequence[Outcome], skipped: dict[str, str]) -> str:
-    """Markdown."""
+def table(outcomes: Sequence[Outcome], other: dict[str, str]) -> str:
+    """Markdown; `other` says why a row has no numbers."""
     lines = [
         "| fault | injected | finished units lost | run twice | trials left RUNNING | different from undisturbed "
         "| study finished | configurations given up | retries | seconds |",
@@ -233,7 +239,7 @@ def table(outcomes: Sequence[Outcome], skipped: dict[str, str]) -> str:
             f"{o.seconds:.0f}",
         ]
         lines.append(f"| {o.fault} | {' | '.join(map(str, cells))} |")
-    return "\n".join(lines + [f"| {name} | not run: {reason} |" for name, reason in skipped.items()]) + "\n"
+    return "\n".join(lines + [f"| {name} | {reason} |" for name, reason in other.items()]) + "\n"
 
 
 _REPORT = """# What a study survives
@@ -268,8 +274,8 @@ def report(text: str) -> str:
     return _REPORT.format(command=command, table=text, date=f"{date.today()}", cores=os.cpu_count(), **facts)
 
 
-def main() -> None:
-    """Run faults and write the table."""
+def main() -> int:
+    """Run faults and write the table. Returns the exit code: 1 where a row is not as it should be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--fault", nargs="+", default=list(FAULTS), choices=list(FAULTS), metavar="NAME")
     parser.add_argument("--kills", type=int, default=0, help="also so many random kills of one study")
@@ -281,7 +287,8 @@ def main() -> None:
         plays[f"{given.kills} random kills, seed {given.seed}"] = lambda arena: fault_processes.random_kills(
             arena, given.kills, given.seed
         )
-    outcomes, skipped = [], {}
+    outcomes: list[Outcome] = []
+    other: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="lda-faults-") as scratch:
         os.environ["LDA_CACHE_DIR"] = str(Path(scratch) / "cache")
         from lda.data.standin.tree import generate
@@ -294,11 +301,16 @@ def main() -> None:
                 outcomes.append(strike(name, folder, Path(scratch) / "standin", play))
                 print(table(outcomes[-1:], {}).splitlines()[-1], flush=True)
             except Skip as reason:
-                skipped[name] = str(reason)
-    text = table(outcomes, skipped)
-    if given.output:
-        given.output.write_text(report(text))
+                other[name] = f"not run: {reason}"
+            except Exception as error:  # a row of its own: the other faults are worth their hour
+                traceback.print_exc()
+                other[name] = f"BROKEN OFF: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            text = table(outcomes, other)
+            if given.output:
+                given.output.write_text(report(text))
     print(text)
+    broken = [name for name, why in other.items() if why.startswith("BROKEN")]
+    return int(bool(broken) or any(outcome.wrong for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from studies import Command
 
 from lda import command, evaluate, train
 from lda.errors import FailedError, UsageError
+from sweeps import run
 
 
 @pytest.mark.parametrize(
@@ -111,3 +115,43 @@ def test_any_text_can_be_printed(encoding: str, monkeypatch: pytest.MonkeyPatch)
         "utf-8": "34.9 \u00b1 0.2 \u2013 \u00c9tude \u2192 Str\u00f6\u00dfe \u732b ?",
     }
     assert printed.getvalue().decode(encoding) == plain[encoding] + "\n"
+
+
+class Swallows:
+    """Interrupts this process in a destructor, where Python swallows what is raised."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_is_swallowed_ends_a_training_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_unit(*_: object, check: Callable[[], None], **__: object) -> NoReturn:
+        Swallows()
+        check()
+        raise AssertionError("went on")
+
+    monkeypatch.setattr("lda.unit.run_unit", run_unit)
+    assert train.main(["--output", str(tmp_path / "run")]) == 130
+    assert "interrupted; nothing is kept yet" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_is_swallowed_ends_a_study_all_the_same(
+    tmp_path: Path, standin_tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def announcement(*_: object) -> str:
+        Swallows()
+        return "W&B: announced"
+
+    study = Command(tmp_path, standin_tiny)
+    monkeypatch.setattr("sweeps.run.announcement", announcement)
+    monkeypatch.setattr("sweeps.run.share_failure", lambda: None)
+    options = ["--data-root", str(standin_tiny), "--output", str(tmp_path / "runs"), "--workers", "1"]
+    assert run.main(["--study", str(tmp_path / "mine.yaml"), *options]) == 130
+    printed = capsys.readouterr()
+    assert "W&B: announced" in printed.out
+    assert "everything finished is kept. Go on with:" in printed.err
+    assert study.workers() == []

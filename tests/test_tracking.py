@@ -356,6 +356,7 @@ START = 3  # requests until a run has begun
         pytest.param(1, "stall", marks=pytest.mark.slow),
         pytest.param(0, "refuse", marks=pytest.mark.slow),
         pytest.param(START, "refuse", marks=pytest.mark.slow),
+        (START + 2, "refuse"),  # the run's uploads, of which wandb itself says nothing
         pytest.param(START, "die", marks=pytest.mark.slow),
     ],
 )

@@ -35,6 +35,8 @@ _SETTINGS: dict[str, Any] = {
     "x_disable_stats": True,
     "x_transaction_log_flush_interval": 2.0,  # a killed run keeps all but its last two seconds
 }
+_UPLOADS = ("filestream: fatal", "runfiles:", "filetransfer:", "runupserter: failed", "sender: failed")
+"""How an error in the log of wandb's service begins when a part of a run will not be uploaded any more."""
 _PLOTTED = ("loss/*", "feature/*", "val/*", "lr", "images_per_second")  # against the training step
 
 
@@ -90,9 +92,11 @@ class _Logger:
         self._run.log({key: made})
 
     def finish(self, failed: bool) -> None:
-        if self._run is not None:
-            self._run.finish(exit_code=1 if failed else 0)
-        self._run = None
+        run, self._run = self._run, None
+        if run is not None:
+            run.finish(exit_code=1 if failed else 0)
+            if lost := _lost(Path(run.settings.log_internal)):
+                raise ConnectionError(f"not all was uploaded ({lost})")
 
     def _decision(self) -> dict[str, str]:
         """How wandb logs: asked of wandb, whose ways of being logged in change with its version. No network."""
@@ -115,6 +119,18 @@ def _configured() -> Any:
     from wandb.sdk import wandb_setup  # wandb.setup() would start its service
 
     return wandb_setup.singleton().settings
+
+
+def _lost(log: Path) -> str:
+    """The first thing that W&B's service gave up uploading; "" where it has nothing to say. `finish` returns all the
+    same, and prints a warning at most; its log alone tells."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a line of its crash, which ends its process
+            entry = json.loads(line)
+            if entry.get("level", "").startswith("ERROR") and entry.get("msg", "").startswith(_UPLOADS):
+                return f"{entry['msg']} {entry.get('error', '')}".partition(" url=")[0].strip()
+    return ""
 
 
 def _described(error: Exception) -> str:
