@@ -164,7 +164,7 @@ def read_study(path: Path) -> tuple[StudyRecord, Protocol]:
     try:
         record = read_record(path, StudyRecord)
     except UsageError as error:
-        again = "; remove it, and the study's own command writes it again" if _state(path) == "damaged" else ""
+        again = "; the study's own command writes it again" if _state(path) == "damaged" else ""
         raise UsageError(f"{error}{again}") from None
     try:
         return record, get_protocol(record.protocol)

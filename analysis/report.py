@@ -11,7 +11,7 @@ import argparse
 import base64
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from html import escape
 from pathlib import Path
@@ -55,7 +55,13 @@ class Picture:
 
 
 def pictures(study: Study) -> list[Picture]:
-    """Every figure that the study has the files for."""
+    """Every figure that the study has the files for; captions say what is left out."""
+    left_out = listed([*study.flaws, *metrics_flaws(study)])
+    more = f" Left out: {left_out}." if left_out else ""
+    return [replace(picture, caption=picture.caption + more) for picture in _pictures(study)]
+
+
+def _pictures(study: Study) -> list[Picture]:
     if study.record.compare:
         return _comparison_pictures(study) + _bank_pictures(study)
     found = []
@@ -142,13 +148,19 @@ def page(study: Study, figures: Sequence[Picture], today: date) -> str:
         title=escape(f"{study.protocol.title}, study {study.name}"),
         subtitle=escape(study.record.title),
         date=today.isoformat(),
-        banner="" if study.data == "real" else f'<p class="banner">{escape(data_line(study.data))}</p>',
+        banner="\n".join(f'<p class="banner">{escape(line)}</p>' for line in _banners(study)),
         facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts),
         results=results,
         figures="\n".join(map(_figure, figures)),
         trials=_sortable(trial_rows(study), "Trials"),
         units=_sortable(unit_rows(study), "Units: one run per trial, target and seed; percent"),
     )
+
+
+def _banners(study: Study) -> list[str]:
+    """What nobody may overlook."""
+    data = [] if study.data == "real" else [data_line(study.data)]
+    return data + ([f"Left out of all that follows: {left_out}"] if (left_out := listed(study.flaws)) else [])
 
 
 def _provenance(study: Study) -> list[tuple[str, str]]:
@@ -252,11 +264,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _report(options: argparse.Namespace) -> None:
+def _report(options: argparse.Namespace) -> int:
     study, today = load_study(options.study), date.today()
     tell([*study.flaws, *metrics_flaws(study)])
     output = checked("--output", output_folder, options.output or Path("reports", f"{today.isoformat()}-{study.name}"))
     print(write_report(study, output, today))
+    if listed(study.flaws) and not study.units["finished"].astype(bool).any():
+        warn("no unit of this study is whole; the page shows none")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +160,7 @@ class Result:
         trained_in: the unit that did the training, "" for this one.
         cost: what an image costs.
         parameters: numbers that the whole method learns or keeps fixed, heads included.
+        kept: names of the files that the method kept beside this one; see `UnitFolder.kept`.
         effective_rank: of the queries' features; None where images are not compared by a vector.
     """
 
@@ -199,6 +200,7 @@ class Result:
     cost: Cost
     parameters: int
     effective_rank: float | None
+    kept: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Write result.json, which finishes the unit in `folder`. Raises ValueError for nan or infinity."""
@@ -268,9 +270,13 @@ class UnitFolder:
         rows = [row for row in found if row is not None]
         return rows if len(rows) == number else None
 
-    def damaged_kept(self) -> list[str]:
-        """A line for every file of what the method keeps that cannot be read, naming it and what is wrong."""
-        damages = {path: damage_of_zip(path) for path in sorted(self.path.glob("*.npz"))}
+    def damaged_kept(self, names: Iterable[str] = ()) -> list[str]:
+        """A line for every file of what the method keeps that cannot be read, naming it and what is wrong.
+
+        names: under which it kept something; these are missed, too.
+        """
+        paths = sorted({*self.path.glob("*.npz"), *map(self.kept, names)})
+        damages = {path: damage_of_zip(path) if path.exists() else "missing" for path in paths}
         return [f"{path}: {damage}" for path, damage in damages.items() if damage]
 
 
@@ -369,7 +375,7 @@ def _own_result(folder: Path, unit: str) -> Result | None:
 def is_whole(folder: Path, unit: str) -> bool:
     """Whether the folder holds the finished unit of this hash and nothing that tells of it is damaged."""
     result = _own_result(folder, unit)
-    if result is None or unit_of(folder) != unit or UnitFolder(folder).damaged_kept():
+    if result is None or unit_of(folder) != unit or UnitFolder(folder).damaged_kept(result.kept):
         return False
     try:
         rows = _lines(folder / METRICS)

@@ -82,14 +82,14 @@ def run_unit(
     unit = config.unit_hash(task.content.sources, task.content.target)
     run = RunFolder(folder, unit, training, config.to_dict())
     result = run.known_result()
-    if result is not None and not run.damaged_kept():
+    if result is not None and not run.damaged_kept(result.kept):
         return result
     with run.owned():
         result = run.own_result()
         saved = _saved(run, device) if result is None else None
         run.write_config()
         if result is not None:
-            _mend_kept(run, config, task, device)
+            _mend_kept(run, result.kept, config, task, device)
             return result
         run.write_environment(str(device))
         saved = saved or _take_over(run, config, device, trained)
@@ -164,9 +164,9 @@ def _take_over(run: RunFolder, config: Config, device: torch.device, trained: Se
     return None
 
 
-def _mend_kept(run: RunFolder, config: Config, task: Task, device: torch.device) -> None:
+def _mend_kept(run: RunFolder, names: Sequence[str], config: Config, task: Task, device: torch.device) -> None:
     """Make again, from the checkpoint, what the method of a finished unit keeps and a damaged disk does not."""
-    damages = "; ".join(run.damaged_kept())
+    damages = "; ".join(run.damaged_kept(names))
     if not damages:
         return
     try:
@@ -219,8 +219,8 @@ class _Unit:
         per_source = self._validate() if self.config.selection.selection == "source_validation" else {}
         test = self.test(self.trainer.method)
         score = float(np.mean(list(per_source.values()))) if per_source else test.mAP
-        self._keep()
-        result = self._result(test, Selection(self.config.selection.selection, score, per_source))
+        kept = self._keep()
+        result = self._result(test, Selection(self.config.selection.selection, score, per_source), kept)
         self.check()
         self.run.write_result(result)
         self.tracker.summarise({"test/mAP": result.mAP, "test/rank1": result.rank1, "test/mINP": result.mINP})
@@ -231,7 +231,7 @@ class _Unit:
             self.tracker.summarise({"feature/effective_rank": test.effective_rank})
         return result
 
-    def _result(self, test: Evaluation, selection: Selection) -> Result:
+    def _result(self, test: Evaluation, selection: Selection, kept: tuple[str, ...]) -> Result:
         config, method, content = self.config, self.trainer.method, self.task.content
         cost = method.cost
         return Result(
@@ -262,6 +262,7 @@ class _Unit:
             cost=Cost(cost.train_passes, cost.test_forwards, cost.test, method.scorer().pair_cost),
             parameters=sum(parameter.numel() for parameter in method.parameters()),
             effective_rank=test.effective_rank,
+            kept=kept,
         )
 
     def _resume(self, saved: Checkpoint | None) -> None:
@@ -344,12 +345,13 @@ class _Unit:
         self.run.log(row)
         self.tracker.log(row)
 
-    def _keep(self) -> None:
-        """Write what the method keeps, and show it on the dashboard."""
-        domains = [source.name for source in self.task.sources]
-        for name, kept in self.trainer.method.kept(domains).items():
+    def _keep(self) -> tuple[str, ...]:
+        """Write what the method keeps, and show it on the dashboard. Returns its names."""
+        found = self.trainer.method.kept([source.name for source in self.task.sources])
+        for name, kept in found.items():
             self.run.keep(name, kept.arrays)
             if kept.picture is not None:
                 self.tracker.log_image(name, kept.picture, kept.caption)
             if kept.table is not None:
                 self.tracker.log_table(f"{name}_table", *kept.table)
+        return tuple(found)

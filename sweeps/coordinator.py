@@ -158,7 +158,7 @@ class Coordinator:
             data_root=str(self.plan.data.root),
             contents=self.plan.data.contents,
             data=self.plan.data.kind,
-            slot=slot.index,
+            slot=self.workers.name(slot),
             threads=slot.threads,
             salt=f"{self._salt} {slot.index} {incarnation}",
             until=self.budget.until,

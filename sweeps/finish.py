@@ -7,6 +7,7 @@ that fails is a line of warning and stops no other: the study itself is safe in 
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import subprocess
 import sys
@@ -30,11 +31,12 @@ def finish(study: str, spec: StudySpec, folder: StudyFolder, kind: str, complete
     """
     table: Path | None = None
     figures: list[Path] = []
+    run = functools.partial(_made, set[str]())
     if complete:
-        _run("analysis.tables", str(folder.path))
-        if _run("analysis.tables", str(folder.path), "--format", "csv", "--output", str(folder.table), quiet=True):
+        run("analysis.tables", str(folder.path))
+        if run("analysis.tables", str(folder.path), "--format", "csv", "--output", str(folder.table), quiet=True):
             table = folder.table
-        drawn = [_run(command, str(folder.path), "--output", str(folder.figures)) for command in _commands(folder)]
+        drawn = [run(command, str(folder.path), "--output", str(folder.figures)) for command in _commands(folder)]
         figures = sorted(folder.figures.glob("*.png")) if any(drawn) else []
     _log(study, spec, folder, kind, table, figures)
 
@@ -44,8 +46,8 @@ def _commands(folder: StudyFolder) -> list[str]:
     return [command for name, command in _DRAWN_BY.items() if any(folder.path.glob(f"trial-*/*/{name}.npz"))]
 
 
-def _run(module: str, *arguments: str, quiet: bool = False) -> bool:
-    """Run a command of analysis; False, and one line of warning, where it fails."""
+def _made(warned: set[str], module: str, *arguments: str, quiet: bool = False) -> bool:
+    """Run a command of analysis and repeat what it warns of, once; False, and one line of warning, where it fails."""
     sys.stdout.flush()  # ours comes first also where stdout is a file
     stdout = subprocess.DEVNULL if quiet else None
     done = subprocess.run(
@@ -58,6 +60,11 @@ def _run(module: str, *arguments: str, quiet: bool = False) -> bool:
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         print(f"warning: {module} failed: {reason}", file=sys.stderr)
+    elif not quiet:
+        for line in done.stderr.splitlines():
+            if line not in warned:
+                print(line, file=sys.stderr)
+            warned.add(line)
     return done.returncode == 0
 
 

@@ -69,7 +69,7 @@ def worker_stopped(arena: Arena) -> Play:
 def _works_on(command: Command, pid: int, trial: str) -> bool:
     """Whether the worker has the trial: its slot is in its log's name, its status says the rest."""
     slot = log_of(pid).rsplit("-", 1)[1].removesuffix(".log")
-    statuses = [read_json(path) for path in (command.study / "workers").glob(f"*-{slot}-*.json")]
+    statuses = [read_json(path) for path in (command.study / "workers").glob(f"*-{slot}.*.json")]
     return any(status.get("trial") == trial for status in statuses)
 
 

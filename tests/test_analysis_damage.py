@@ -73,6 +73,17 @@ def test_a_report_of_a_damaged_study_says_what_is_left_out(study: Path, tmp_path
     text = page.read_text(encoding="utf-8")
     assert "trial-0001/cuhk03-s1 (result.json damaged)" in text
     assert "trial-0000/market1501-s1 (metrics.jsonl" in text
+    assert '<p class="banner">Left out of all that follows: trial-0001/cuhk03-s1 (result.json damaged)</p>' in text
+    caption = next(line for line in text.splitlines() if line.startswith('<figure id="history"'))
+    assert "Left out: trial-0001/cuhk03-s1 (result.json damaged), trial-0000/market1501-s1 (metrics.jsonl" in caption
+
+
+def test_a_report_of_which_nothing_is_left_fails(study: Path, tmp_path: Path) -> None:
+    for path in study.glob("trial-*/*/result.json"):
+        path.write_bytes(b"")
+    assert report.main([str(study), "--output", str(tmp_path / "page")]) == 1
+    text = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert '<p class="banner">Left out of all that follows: ' in text
 
 
 def test_a_table_without_all_confirmations_says_so(study: Path) -> None:

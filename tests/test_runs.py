@@ -144,7 +144,7 @@ def test_what_is_written_is_read(tmp_path: Path, protocol: str) -> None:
     content = json.loads((tmp_path / "result.json").read_text())
     assert content["format"] == 2
     over_splits = {"mAP_std", "rank1_std", "splits"}
-    assert set(content) - {"format"} == FIELDS - (set() if protocol == "protocol1" else over_splits)
+    assert set(content) - {"format"} == FIELDS - {"kept"} - (set() if protocol == "protocol1" else over_splits)
     assert content["selection"].keys() == {"rule", "score", "per_source"}
 
 
@@ -280,7 +280,7 @@ def test_a_real_run_writes_what_is_documented(standin_tiny: Path, tmp_path: Path
     assert unit.result == result
     assert unit.settings == config.to_dict()
     assert (unit.unit, unit.training) == (result.unit, result.training)
-    assert set(json.loads((tmp_path / RESULT).read_text())) == {"format", "reference"} | FIELDS - OPTIONAL
+    assert set(json.loads((tmp_path / RESULT).read_text())) == {"format", "reference", "kept"} | FIELDS - OPTIONAL
     assert result.title == "LDA"
     assert result.cost.train_passes == 2
     assert result.parameters > 0
@@ -346,3 +346,6 @@ def test_what_a_method_keeps_is_read_back(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         (line,) = run.damaged_kept()
         assert line.startswith(f"{path}: ")
+    path.unlink()
+    assert run.damaged_kept() == []
+    assert run.damaged_kept(["prototypes"]) == [f"{path}: missing"]

@@ -66,6 +66,15 @@ def test_what_cannot_be_drawn_is_one_line_and_the_table_is_logged(
     assert "buffer_bank_distances" not in run
 
 
+def test_what_is_left_out_is_said_once(spec: StudySpec, tmp_path: Path, capfd: Capture) -> None:
+    """Though the table and the figures both read it."""
+    folder = write_study(tmp_path / "s", scores=(0.5, 0.55, 0.52))
+    (folder / "trial-0002" / "trial.json").write_bytes(b"")
+    _, err, _ = ended(spec, folder, capfd)
+    (line,) = err.splitlines()
+    assert "left out: trial-0002 (trial.json damaged)" in line
+
+
 def test_what_cannot_be_tabulated_is_drawn_and_logged(spec: StudySpec, tmp_path: Path, capfd: Capture) -> None:
     folder = write_study(tmp_path / "s", scores=(0.5, 0.55))
     (folder / "table.csv").mkdir()

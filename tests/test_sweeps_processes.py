@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import platform
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from sweeps.crew import slots as devices
 from sweeps.crew.assignment import Assignment, End
 from sweeps.crew.processes import StudyError, WorkerPool
 from sweeps.crew.slots import Slot, plan_slots
+from sweeps.list.machines import host_of, slot_of
 from sweeps.study_folder import StudyFolder
 
 
@@ -253,3 +255,12 @@ def test_a_worker_has_its_stdout_for_its_last_word_alone(tmp_path: Path) -> None
     assert said.count(b"\n") == 1
     assert b"printed by a library" in log
     assert b"Traceback" in log
+
+
+def test_two_commands_on_one_machine_have_slots_of_their_own(tmp_path: Path) -> None:
+    """One may have a sick GPU, and the other none."""
+    pools = [WorkerPool([Slot(0, "", 1)], StudyFolder(tmp_path), lambda slot, number: None) for _ in range(2)]  # type: ignore[arg-type, return-value]
+    (first,), (second,) = pools[0].open, pools[1].open
+    assert first != second
+    assert {slot_of(f"{name}-0a1b2c") for name in (first, second)} == {first, second}
+    assert {host_of(f"{name}-0a1b2c") for name in (first, second)} == {platform.node()}

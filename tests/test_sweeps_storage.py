@@ -21,11 +21,24 @@ from lda.errors import UsageError
 from lda.files import write_json
 from sweeps.list.addresses import asked_for, file_of, storage_url
 from sweeps.list.storage import StorageError, close_storage, engine_of, open_storage, opened, patiently, turn
-from sweeps.list.study import check_same, create_or_load, open_search, running_study, search_budget
+from sweeps.list.study import check_same, create_or_load, is_known, open_search, running_study, search_budget
 from sweeps.plan.images import Data
 from sweeps.plan.spec import to_dict
 from sweeps.plan.study_files import load, resolve, study_file
 from sweeps.study_folder import StudyFolder
+
+
+def test_looking_for_a_study_changes_nothing(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    assert not is_known("mine", url)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a.db").touch()
+    assert not is_known("mine", url)
+    assert (tmp_path / "a.db").read_bytes() == b""
+    with opened(url) as storage:
+        optuna.create_study(storage=storage, study_name="mine")
+    assert is_known("mine", url)
+    assert not is_known("yours", url)
 
 
 def test_urls(tmp_path: Path) -> None:

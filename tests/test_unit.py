@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from lda import train
 from lda.checkpoint import read_checkpoint
 from lda.config import Config, preset
 from lda.errors import UsageError
-from lda.runs import Result, Selection, read_metrics
+from lda.runs import Result, Selection, is_whole, read_metrics
 from lda.trainer import TrainingError
 from lda.unit import Progress, run_unit
 
@@ -117,6 +118,24 @@ def test_finished_unit_is_returned_at_once(finished: Path, standin_tiny: Path) -
     result = run_unit(quick(), finished, data_root=standin_tiny, on_progress=stop_at(1))
     assert result == Result.read(finished)
     assert (finished / "result.json").stat().st_mtime_ns == before
+
+
+def test_what_was_kept_and_is_gone_is_made_again(
+    finished: Path, standin_tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    bank = folder / "buffer_bank.npz"
+    before = bank.read_bytes()
+    bank.unlink()
+    result = Result.read(folder)
+    assert result.kept == ("buffer_bank",)
+    assert not is_whole(folder, result.unit)
+    assert run_unit(quick(), folder, data_root=standin_tiny, on_progress=stop_at(1)) == result
+    assert is_whole(folder, result.unit)
+    assert f"{bank}: missing; made again from the checkpoint" in capsys.readouterr().err
+    with np.load(bank) as now, np.load(io.BytesIO(before)) as then:
+        assert all(np.array_equal(now[key], then[key]) for key in then.files)
 
 
 @pytest.mark.parametrize("step", [4, 6, 12])

@@ -21,7 +21,7 @@ class Assignment:
         folder, data_root: of the study, and of the images.
         contents: target -> what its units read, see `sweeps.plan.images.Data`.
         data: "stand-in" or "real".
-        slot: index of the worker on its machine.
+        slot: name of the worker's place, see `WorkerPool.name`.
         threads: CPU threads of a unit.
         salt: differs whenever a sampler must not repeat another one's draws.
         until: no new configuration after this time (seconds since the epoch).
@@ -35,7 +35,7 @@ class Assignment:
     data_root: str
     contents: dict[str, dict[str, Any]]
     data: str
-    slot: int
+    slot: str
     threads: int
     salt: str
     until: float | None

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class WorkerPool:
         self._slots, self._folder, self._assignment = slots, folder, assignment
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._closed: dict[str, str] = {}
+        self._command = uuid.uuid4().hex[:4]
         self._started = 0
         self._deaths_in_vain, self._attempts = 0, -1
 
@@ -51,7 +53,7 @@ class WorkerPool:
             reason = next(iter(self._closed.values()))
             raise StudyError(f"no worker of this machine can work: {reason}. Mend it; the same command goes on")
         for slot in self._slots:
-            if self._name(slot) in self._closed:
+            if self.name(slot) in self._closed:
                 continue
             process = self._processes.get(slot.index)
             if process is not None:
@@ -90,18 +92,18 @@ class WorkerPool:
         return process
 
     def _log(self, slot: Slot) -> Path:
-        return self._folder.workers / f"{self._name(slot)}.log"
+        return self._folder.workers / f"{platform.node()}-{slot.index}.log"
 
     @property
     def open(self) -> list[str]:
-        """Names of the slots that work, host-index."""
-        return [name for slot in self._slots if (name := self._name(slot)) not in self._closed]
+        """Names of the slots that work."""
+        return [name for slot in self._slots if (name := self.name(slot)) not in self._closed]
 
     def close(self, name: str, reason: str) -> None:
         """Stop a slot for good."""
         self._closed[name] = reason
         for slot in self._slots:
-            if self._name(slot) == name and (process := self._processes.pop(slot.index, None)) is not None:
+            if self.name(slot) == name and (process := self._processes.pop(slot.index, None)) is not None:
                 _end(process)
 
     def kill_process(self, pid: int) -> bool:
@@ -112,9 +114,9 @@ class WorkerPool:
                 return True
         return False
 
-    @staticmethod
-    def _name(slot: Slot) -> str:
-        return f"{platform.node()}-{slot.index}"
+    def name(self, slot: Slot) -> str:
+        """host-index.command: another command on this machine may have a slot of this index, and another device."""
+        return f"{platform.node()}-{slot.index}.{self._command}"
 
     def stop(self) -> None:
         """Close every worker's stdin, give its unit time to end, then use force."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import signal
 import sys
 import threading
@@ -68,7 +67,7 @@ class Worker:
             )
         self.assignment = assignment
         self.spec = from_dict(assignment.spec)
-        worker = f"{platform.node()}-{assignment.slot}-{uuid.uuid4().hex[:6]}"
+        worker = f"{assignment.slot}-{uuid.uuid4().hex[:6]}"
         folder = StudyFolder(Path(assignment.folder))
         self.post = Post(folder, worker, self.spec.heartbeat_seconds, self.spec.grace_seconds, stop)
         self.storage = self._connect()

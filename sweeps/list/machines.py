@@ -1,7 +1,7 @@
 """Which machine failed what: retries go elsewhere, and a worker that finishes nothing is sick, not its configurations.
 
-A worker's id is host-slot-random: a slot is the place of one worker on one machine (a GPU, a core), whatever process
-holds it.
+A worker's id is host-slot-random: a slot is the place that a command gives to one worker of its machine (a GPU, a
+core), whatever process holds it.
 """
 
 from __future__ import annotations

@@ -50,6 +50,10 @@ class StorageError(UsageError):
     """The storage cannot be reached or used: a wrong URL when a study begins, an outage later."""
 
 
+class EmptyStorageError(StorageError):
+    """A database in which no study was ever begun."""
+
+
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +144,7 @@ def _checked(url: str, file: Path | None, grace_seconds: int, reads_only: bool) 
         engine = create_engine(url, pool_pre_ping=True, pool_size=2, connect_args=limits)
     try:
         if reads_only and "version_info" not in inspect(engine).get_table_names():
-            raise StorageError(f"--storage {masked(url)}: there is no study in this database yet; start it first")
+            raise EmptyStorageError(f"--storage {masked(url)}: there is no study in this database yet; start it first")
         _check_owner(url, engine)
         if not reads_only:
             _check_writable(url, engine)

@@ -26,7 +26,7 @@ from sweeps.list.attempts import Configuration, configurations
 from sweeps.list.jobs import Job, is_default, search_job
 from sweeps.list.ledger import Budget, Distributions, Ledger, point_key
 from sweeps.list.machines import excused
-from sweeps.list.storage import file_behind, opened, reached
+from sweeps.list.storage import EmptyStorageError, file_behind, opened, reached
 from sweeps.plan.images import Data
 from sweeps.plan.space import distributions
 from sweeps.plan.spec import StudySpec, differences, from_dict, named_settings, same_study, to_dict
@@ -178,8 +178,9 @@ def is_known(study: str, url: str) -> bool:
     """Whether a storage has a study of this name; makes no database."""
     if (file := file_of(url)) is not None and not file.exists():
         return False
-    with reached(url), opened(url) as storage:
+    with reached(url), contextlib.suppress(EmptyStorageError), opened(url, reads_only=True) as storage:
         return study in optuna.study.get_all_study_names(storage)
+    return False
 
 
 # --- the search ------------------------------------------------------------------------------------------------------
