@@ -10,6 +10,7 @@ import argparse
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,10 +190,20 @@ def _nearest(folder: Path) -> Path:
 
 def _check_writable(folder: Path, place: Path) -> None:
     if os.access(place, os.W_OK | os.X_OK):
+        if place != folder:
+            _check_makes_folders(folder, place)
         return
     if os.statvfs(place).f_flag & os.ST_RDONLY:
         raise ArgumentError(f"{folder}: {place} lies on a disk that is mounted read-only")
     raise ArgumentError(f"{folder}: no permission to write in {place}")
+
+
+def _check_makes_folders(folder: Path, place: Path) -> None:
+    """Some file systems let root write and make nothing, /proc for one, and a quota tells when it is asked only."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".lda-", dir=place))
+    except OSError as error:
+        raise ArgumentError(f"{folder}: cannot be made in {place}: {(error.strerror or str(error)).lower()}") from None
 
 
 def _check_text(folder: Path) -> None:

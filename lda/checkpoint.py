@@ -86,6 +86,8 @@ def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> Checkpoin
         raise DamagedError(f"checkpoint {str(path)!r} cannot be read ({reason}); it may be truncated")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
+    except (MemoryError, torch.OutOfMemoryError):  # the file is not to blame, and must not be given up
+        raise
     except Exception as error:  # torch raises half a dozen types for a file that is no checkpoint
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedError(f"checkpoint {str(path)!r} cannot be read ({reason}); it may be truncated") from error

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from lda.command import cores, openmp_threads
-from lda.errors import UsageError
+from lda.errors import FailedError, UsageError
 from lda.groups import Machine
+
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch's on a CPU, a RuntimeError
 
 
 def choose_device(machine: Machine) -> torch.device:
@@ -36,3 +39,18 @@ def forward_context(device: torch.device) -> AbstractContextManager[None]:
     if device.type == "cuda":
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return nullcontext()
+
+
+@contextmanager
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """Within it, memory that runs out is one line that says what needs less. Raises FailedError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        ours = isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error)
+        if not ours:
+            raise
+        raise FailedError(
+            f"out of memory on {device}: fewer or smaller images in a batch (ids_per_batch, images_per_id, "
+            "image_height, image_width), or a smaller backbone, need less"
+        ) from error

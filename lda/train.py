@@ -30,7 +30,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--protocol", default="protocol3", help=", ".join(PROTOCOLS))
     parser.add_argument("--target", default="market1501", help="the unseen target domain")
     parser.add_argument("--data-root", type=existing_folder, help="folder with the data sets; without it, the stand-in")
-    parser.add_argument("--preset", help="standin or real; by default standin without --data-root, else real")
+    parser.add_argument("--preset", help="standin or real (default: as the images are)")
     parser.add_argument(
         "--seed", type=whole(0, HIGHEST_SEED), default=0, help="seed of weights, batches and augmentation"
     )
@@ -59,8 +59,13 @@ def resolve(options: argparse.Namespace) -> configs.Config:
         if changes.setdefault(key, given) != given != configs.COMMON[key].default:
             raise UsageError(f"--{key} {given} and --set {key}={changes[key]}: keep one of the two")
     get_protocol(changes["protocol"]).sources(changes["target"])
-    preset = options.preset or ("real" if options.data_root else "standin")
-    return configs.preset(preset, **changes)
+    return configs.preset(options.preset or _preset(options.data_root), **changes)
+
+
+def _preset(data_root: Path | None) -> str:
+    from lda.data.survey import is_standin  # numpy and Pillow: --help answers without them
+
+    return "standin" if is_standin(data_root) else "real"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

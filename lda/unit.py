@@ -16,7 +16,7 @@ from lda.checkpoint import Checkpoint, read_checkpoint
 from lda.config import Config
 from lda.data.sources import Task, build_task
 from lda.data.standin.tree import ensure_standin
-from lda.device import choose_device
+from lda.device import choose_device, memory_errors
 from lda.errors import DamagedError, UsageError, warn
 from lda.runs import METRICS, Content, Cost, Result, RunFolder, Selection, Split, UnitFolder
 from lda.testing import Evaluation, Evaluator, check_target, chosen_splits, metrics
@@ -102,7 +102,8 @@ def run_unit(
         }
         tracker = Tracker(folder, unit, details, labels, config.machine.wandb)
         try:
-            result = _Unit(config, task, device, run, tracker, on_progress, check).complete(saved)
+            with memory_errors(device):
+                result = _Unit(config, task, device, run, tracker, on_progress, check).complete(saved)
         except BaseException:
             tracker.finish(failed=True)
             raise

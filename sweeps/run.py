@@ -33,7 +33,6 @@ from lda.data.cache import check_cache
 from lda.errors import UsageError
 from lda.tracking import announcement, share_failure
 from sweeps.list.addresses import VARIABLE, asked_for, cleaned, has_password, masked, storage_url
-from sweeps.plan.images import is_standin
 from sweeps.plan.preview import preview
 from sweeps.plan.spec import MOST_SEEDS, MOST_TRIALS, StudySpec
 from sweeps.plan.study_files import load, resolve, study_file, study_name, study_names
@@ -234,6 +233,8 @@ def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> Stud
         from sweeps.list.study import running_study
 
         return running_study(file.stem, url, folder).spec
+    from lda.data.survey import is_standin
+
     return resolve(
         load(file),
         file,

@@ -18,7 +18,7 @@ from test_odd_environments import without_superpowers
 
 from analysis import buffer_bank, report, tables
 from lda import evaluate, step_cost, train
-from lda.arguments import output_folder, path
+from lda.arguments import checked, output_folder, path
 from lda.data import doctor, person_search
 from lda.data.standin import __main__ as standin
 from lda.errors import UsageError
@@ -316,6 +316,12 @@ def test_a_folder_that_can_be_made_is_not_made(here: Path) -> None:
     assert path("./x/../y") == Path("x/../y")
     with pytest.raises(UsageError, match="is no text in this locale"):
         output_folder("caf\udce9")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir() or os.getuid() != 0, reason="needs a folder that only seems writable")
+def test_a_folder_that_seems_writable_is_tried() -> None:
+    with pytest.raises(UsageError, match="/proc/lda: cannot be made in /proc: no such file or directory"):
+        checked("--output", output_folder, Path("/proc/lda"))
 
 
 @pytest.mark.parametrize(

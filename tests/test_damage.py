@@ -199,6 +199,19 @@ def test_a_zeroed_block_of_weights_is_found_out(stopped: Path, tmp_path: Path) -
         read_checkpoint(tmp_path / CHECKPOINT)
 
 
+def test_a_checkpoint_that_does_not_fit_into_memory_is_not_damaged(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run would begin anew, and overwrite it."""
+
+    def load(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(torch.OutOfMemoryError):
+        read_checkpoint(stopped / CHECKPOINT)
+
+
 def test_a_folder_without_config_is_whose_the_checkpoint_says(
     stopped: Path, standin_tiny: Path, tmp_path: Path
 ) -> None:

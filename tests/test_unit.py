@@ -347,3 +347,18 @@ def test_bad_usage_is_one_line_and_exit_2(arguments: list[str], message: str, tm
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_memory_that_runs_out_is_one_line(
+    standin_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train_step(*_: object) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr("lda.trainer.Trainer.train_step", train_step)
+    options = ["--output", str(tmp_path / "run"), "--data-root", str(standin_tiny)]
+    assert train.main([*options, "--set", "steps_per_epoch=2", "epochs=1", "wandb=disabled", "threads=1"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("failed: out of memory on cpu: fewer or smaller images in a batch")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["image_height"] == preset("standin").to_dict()["image_height"]  # the preset is that of its images

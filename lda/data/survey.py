@@ -435,6 +435,11 @@ def read_standin(folder: Path) -> StandIn | None:
     return None
 
 
+def is_standin(data_root: Path | None) -> bool:
+    """Whether the images of a data root (None: the built-in one) are stand-in images. Raises as `read_standin`."""
+    return data_root is None or read_standin(data_root) is not None
+
+
 def _agree(counted: Count, expected: Count) -> bool:
     cameras = expected.cameras in (None, counted.cameras)
     return counted.images == expected.images and expected.ids in (None, counted.ids) and cameras

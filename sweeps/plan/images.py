@@ -27,15 +27,6 @@ class Data:
     kind: str
 
 
-def is_standin(data_root: Path | None) -> bool:
-    """Whether a study on this data root (None: the built-in one) runs on stand-in images."""
-    if data_root is None:
-        return True
-    from lda.data.survey import read_standin
-
-    return read_standin(data_root) is not None
-
-
 def prepare_data(spec: StudySpec, data_root: Path | None) -> Data:
     """Draw the stand-in, or check that every data set is there. Raises UsageError naming all that is missing."""
     from lda.data.sources import build_task
