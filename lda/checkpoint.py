@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -104,7 +104,7 @@ def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> Checkpoin
 def load_method(checkpoint: Checkpoint, config: Config | None = None) -> Method:
     """The trained method in evaluation mode, on the CPU, under its own settings or those of `config`."""
     config = (config or checkpoint.config).replace(pretrained="none")
-    method = methods.build(config.method, config.setup(checkpoint.num_ids))
+    method = methods.build(config.method, replace(config.setup(checkpoint.num_ids), fresh=False))
     method.load_state_dict(checkpoint.method)
     return method.eval()
 

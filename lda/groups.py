@@ -159,6 +159,7 @@ class Setup:
         recompute: the network recomputes its activations in the backward pass.
         image_size: (height, width) in pixels.
         ids_per_batch: P, identities of a step.
+        fresh: False where a trained state is loaded afterwards: what the network begins with does not matter.
     """
 
     num_ids: tuple[int, ...]
@@ -168,3 +169,4 @@ class Setup:
     recompute: bool = False
     image_size: tuple[int, int] = (256, 128)
     ids_per_batch: int = 16
+    fresh: bool = True

@@ -12,8 +12,17 @@ from torchvision.models import resnet18
 
 from lda.errors import UsageError
 from lda.methods.baseline import use_instance_norm
-from lda.methods.lda import AntiNormalised, BufferBankNorm2d, Expert, MeanExpert, Route, add_buffer_banks, named_banks
+from lda.parts.anti_norm import (
+    AntiNormalised,
+    BufferBankNorm2d,
+    Expert,
+    Route,
+    UnseenExpert,
+    add_buffer_banks,
+    named_banks,
+)
 from lda.parts.backbones import Backbone, build_backbone, forward_shares
+from lda.parts.given import Row
 from lda.parts.heads import Head, gem
 from lda.parts.routes import Switch
 
@@ -85,13 +94,13 @@ def test_conversion_keeps_the_function_of_one_domain(images: Tensor) -> None:
         old = plain.get_submodule(name)
         bank.mean[0].copy_(old.running_mean)
         bank.var[0].copy_(old.running_var)
-    with switch.on(MeanExpert()):
+    with switch.on(UnseenExpert()):
         torch.testing.assert_close(ours.eval()(images), plain.eval()(images))
 
 
 def test_keep_first_leaves_the_stem(images: Tensor) -> None:
     backbone = build_backbone("small")
-    add_buffer_banks(backbone, num_domains=2, momentum=0.9, keep_first=True)
+    add_buffer_banks(backbone, num_domains=2, momentum=0.9, sites="no_stem")
     assert isinstance(backbone.get_submodule("bn1"), nn.BatchNorm2d)
     assert len(list(named_banks(backbone))) == 11
 
@@ -102,7 +111,7 @@ def test_instance_norm_network_ignores_the_batch(images: Tensor) -> None:
     torch.testing.assert_close(backbone(images)[:1], backbone(images[:1]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("route", [Expert(1), AntiNormalised(2)])
+@pytest.mark.parametrize("route", [Expert(1), AntiNormalised(Row(2))])
 def test_recomputation_changes_nothing(route: object, images: Tensor) -> None:
     """Same gradients and banks with activation checkpointing: the second computation must not update twice."""
     grads, banks = [], []
@@ -111,7 +120,7 @@ def test_recomputation_changes_nothing(route: object, images: Tensor) -> None:
         for _ in range(2):
             with switch.on(route):
                 y = backbone(images)
-            with switch.on(MeanExpert()):  # the switch stands elsewhere when the backward pass recomputes
+            with switch.on(UnseenExpert()):  # the switch stands elsewhere when the backward pass recomputes
                 y.square().mean().backward()
         # gamma and beta take no part in Network-A
         grads.append([torch.zeros(1) if p.grad is None else p.grad for p in backbone.parameters()])

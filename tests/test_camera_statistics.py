@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lda.config import preset
 from lda.errors import UsageError
 from lda.methods.base import Method, TargetImages
-from lda.methods.lda import BufferBankNorm2d
+from lda.parts.anti_norm import BufferBankNorm2d
 from lda.parts.backbones import build_backbone
 from lda.parts.batch_instance_norm import gates_of, use_batch_instance_norm
 from lda.parts.camera_statistics import images_of_camera, take_camera_statistics

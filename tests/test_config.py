@@ -47,6 +47,8 @@ LDA_DEFAULTS = {
     "network_a": "an", "an_affine": "none", "donor": "uniform", "norm_sites": "all", "latent": "mean",
     "distance": "w2", "alignment": "image", "heads": "separate", "classifier": "per_domain", "inference": "fused",
     "camera_statistics": "off", "camera_images": 200,
+    "bank_start": "first_batch", "latent_gradient": "stopped", "latent_maps": "last", "margin_ratio": 1.0,
+    "test_donors": "all", "unseen_expert": "mean",
 }  # fmt: skip
 STANDIN = {
     "backbone": "small", "pretrained": "none", "image_height": 64, "image_width": 32, "ids_per_batch": 8,

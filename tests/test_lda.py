@@ -15,9 +15,12 @@ from lda.config import Config, preset
 from lda.errors import UsageError
 from lda.methods.base import Method
 from lda.methods.baseline import Baseline
-from lda.methods.lda import LDA, AntiNormalised, Expert, MeanExpert, alignment_loss, consistency_loss
+from lda.methods.lda import LDA
+from lda.parts.anti_norm import AntiNormalised, Expert, UnseenExpert
+from lda.parts.given import Row
 from lda.parts.heads import gem
-from lda.parts.losses import Gaussian, batch_hard_triplet_loss, identity_loss
+from lda.parts.latent import alignment_loss, consistency_loss
+from lda.parts.losses import Gaussian, batch_hard_triplet_loss, batch_statistics, identity_loss
 
 NUM_IDS = (5, 7, 6)
 
@@ -54,7 +57,7 @@ def test_step_equals_the_equations() -> None:
     data = batch(1, seed=9)
     losses = method.training_losses(data, step=40)
 
-    route = reference.draw_route(1, 40)
+    (route,) = reference.draw_routes(1, 40, 8)
     with reference.switch.on(Expert(1)):
         maps_e = reference.backbone(data.images)
     with reference.switch.on(route):
@@ -92,15 +95,15 @@ def test_evaluation_writes_nothing() -> None:
         assert torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize("donor", ["uniform", "round_robin"])
-def test_donor_is_never_the_own_domain_and_uses_all_others(donor: str) -> None:
-    method = build_method(small(donor=donor), NUM_IDS)
+@pytest.mark.parametrize("rule", ["uniform", "round_robin"])
+def test_donor_is_never_the_own_domain_and_uses_all_others(rule: str) -> None:
+    method = build_method(small(donor=rule), NUM_IDS)
     assert isinstance(method, LDA)
     for domain in range(3):
-        drawn = [method.draw_route(domain, step).donor for step in range(300)]
+        drawn = [donor(method, domain, step) for step in range(300)]
         assert set(drawn) == {0, 1, 2} - {domain}
         assert 100 < drawn.count(drawn[0]) < 200
-        assert drawn == [method.draw_route(domain, step).donor for step in range(300)]
+        assert drawn == [donor(method, domain, step) for step in range(300)]
 
 
 def test_network_a_waits_for_every_domain() -> None:
@@ -111,14 +114,30 @@ def test_network_a_waits_for_every_domain() -> None:
     assert "loss/id_a" in method.training_losses(batch(2), 6)
 
 
+def latent_of(method: LDA, domain: int) -> Gaussian:
+    """Eq. (7) as a step on maps of that domain would find it."""
+    maps = torch.rand(4, method.backbone.channels, 4, 2, requires_grad=True)
+    (latent,) = method._latents(domain, [maps], [batch_statistics(maps.detach())])
+    return latent
+
+
+def donor(method: LDA, domain: int, step: int) -> int:
+    """j of Eq. (4) in a step."""
+    (route,) = method.draw_routes(domain, step, 8)
+    assert isinstance(route, AntiNormalised)
+    assert isinstance(route.given, Row)
+    return int(route.given.index)
+
+
 def test_latent_is_the_mean_over_seen_domains_without_gradient() -> None:
     method = build_method(small(), NUM_IDS)
     assert isinstance(method, LDA)
+    bank = method.output_bank
     method.training_losses(batch(2), 0)
-    assert torch.equal(method.latent().mean, method.output_bank.mean[2])
+    assert torch.equal(latent_of(method, 2).mean, bank.mean[2])
     method.training_losses(batch(0), 1)
-    torch.testing.assert_close(method.latent().var, (method.output_bank.var[0] + method.output_bank.var[2]) / 2)
-    assert not method.latent().mean.requires_grad
+    torch.testing.assert_close(latent_of(method, 0).var, (bank.var[0] + bank.var[2]) / 2)
+    assert not latent_of(method, 0).mean.requires_grad
 
 
 def test_latent_losses_ramp_over_the_warm_up() -> None:
@@ -143,9 +162,9 @@ def test_fused_is_expert_plus_mean_of_donors() -> None:
     normalise = torch.nn.functional.normalize
     aligned = []
     for donor in range(3):
-        with method.switch.on(AntiNormalised(donor)):
+        with method.switch.on(AntiNormalised(Row(donor))):
             aligned.append(normalise(gem(method.backbone(images), 3.0)))
-    with method.switch.on(MeanExpert()):
+    with method.switch.on(UnseenExpert()):
         expert = normalise(gem(method.backbone(images), 3.0))
     expected = expert + sum(aligned) / 3
     torch.testing.assert_close(method(images), expected)

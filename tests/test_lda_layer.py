@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lda.methods.lda import (
+from lda.parts.anti_norm import (
     AntiNormalised,
     BufferBankNorm2d,
     Expert,
     InstanceNormalised,
-    MeanExpert,
+    UnseenExpert,
     named_banks,
 )
 from lda.parts.bank import BufferBank
+from lda.parts.given import Row
 from lda.parts.routes import Switch, statistics_held
 
 K, C, N, H, W = 3, 5, 4, 6, 7
@@ -80,7 +81,7 @@ def test_first_update_copies(x: Tensor) -> None:
     assert layer.bank.seen() == [2]
 
 
-@pytest.mark.parametrize("route", [AntiNormalised(0), InstanceNormalised(), MeanExpert()])
+@pytest.mark.parametrize("route", [AntiNormalised(Row(0)), InstanceNormalised(), UnseenExpert()])
 @pytest.mark.parametrize("training", [True, False])
 def test_only_expert_in_training_writes(layer: BufferBankNorm2d, x: Tensor, route: object, training: bool) -> None:
     before = copy.deepcopy(layer.state_dict())
@@ -96,11 +97,11 @@ def test_an_equals_loop(layer: BufferBankNorm2d, x: Tensor) -> None:
     mean, var = x.mean((2, 3)), x.var((2, 3), correction=0)
     sigma = (layer.bank.var[2] + EPS).sqrt()
     expected = slow_normalise(x, mean, var, sigma, layer.bank.mean[2])
-    torch.testing.assert_close(run(layer, AntiNormalised(2), x), expected)
+    torch.testing.assert_close(run(layer, AntiNormalised(Row(2)), x), expected)
 
 
 def test_an_gives_every_image_the_donors_statistics(layer: BufferBankNorm2d, x: Tensor) -> None:
-    y = run(layer, AntiNormalised(0), x)
+    y = run(layer, AntiNormalised(Row(0)), x)
     torch.testing.assert_close(y.mean((2, 3)), layer.bank.mean[0].expand(N, C), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y.var((2, 3), correction=0), layer.bank.var[0].expand(N, C), rtol=1e-3, atol=1e-4)
 
@@ -108,15 +109,15 @@ def test_an_gives_every_image_the_donors_statistics(layer: BufferBankNorm2d, x: 
 def test_bn_j_after_an_j_is_instance_norm(layer: BufferBankNorm2d, x: Tensor) -> None:
     """The bank cancels, so AN must replace a normalisation and never precede one with the same row."""
     layer.eval()
-    y = run(layer, AntiNormalised(1), x)
+    y = run(layer, AntiNormalised(Row(1)), x)
     back = nn.functional.batch_norm(y, layer.bank.mean[1], layer.bank.var[1], eps=EPS)
     torch.testing.assert_close(back, nn.functional.instance_norm(x, eps=EPS), rtol=1e-4, atol=1e-5)
 
 
 def test_an_shared_affine(layer: BufferBankNorm2d, x: Tensor) -> None:
-    plain = run(layer, AntiNormalised(1), x)
-    layer.an_affine = True
-    affine = run(layer, AntiNormalised(1), x)
+    plain = run(layer, AntiNormalised(Row(1)), x)
+    layer.affine = "shared"
+    affine = run(layer, AntiNormalised(Row(1)), x)
     shape = (1, C, 1, 1)
     torch.testing.assert_close(affine, layer.weight.view(shape) * plain + layer.bias.view(shape), rtol=1e-4, atol=1e-4)
 
@@ -125,7 +126,7 @@ def test_mean_expert_uses_average_rows(layer: BufferBankNorm2d, x: Tensor) -> No
     layer.eval()
     mean, var = sum(layer.bank.mean) / K, sum(layer.bank.var) / K
     expected = slow_normalise(x, mean.expand(N, C), var.expand(N, C), layer.weight.detach(), layer.bias.detach())
-    torch.testing.assert_close(run(layer, MeanExpert(), x), expected)
+    torch.testing.assert_close(run(layer, UnseenExpert(), x), expected)
 
 
 def test_one_domain_is_batch_norm(x: Tensor) -> None:
@@ -144,19 +145,19 @@ def test_one_domain_is_batch_norm(x: Tensor) -> None:
     torch.testing.assert_close(ours.bank.var[0], theirs.running_var)
     ours.eval()
     theirs.eval()
-    torch.testing.assert_close(run(ours, MeanExpert(), x), theirs(x))
+    torch.testing.assert_close(run(ours, UnseenExpert(), x), theirs(x))
     torch.testing.assert_close(run(ours, Expert(0), x), theirs(x))
 
 
 def test_no_gradient_reaches_the_bank(layer: BufferBankNorm2d, x: Tensor) -> None:
     x.requires_grad_()
-    (run(layer, Expert(0), x) + run(layer, AntiNormalised(1), x)).sum().backward()
+    (run(layer, Expert(0), x) + run(layer, AntiNormalised(Row(1)), x)).sum().backward()
     assert not layer.bank.mean.requires_grad
     assert layer.bank.mean.grad is None
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
 
 
-@pytest.mark.parametrize("route", [Expert(0), AntiNormalised(1), InstanceNormalised()])
+@pytest.mark.parametrize("route", [Expert(0), AntiNormalised(Row(1)), InstanceNormalised()])
 def test_constant_channel_gives_finite_gradients(layer: BufferBankNorm2d, x: Tensor, route: object) -> None:
     x[:, 2] = 1.5
     x.requires_grad_()
@@ -165,7 +166,7 @@ def test_constant_channel_gives_finite_gradients(layer: BufferBankNorm2d, x: Ten
     assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("route", [Expert(0), AntiNormalised(1), MeanExpert()])
+@pytest.mark.parametrize("route", [Expert(0), AntiNormalised(Row(1)), UnseenExpert()])
 def test_autocast_keeps_statistics_in_fp32(layer: BufferBankNorm2d, x: Tensor, route: object) -> None:
     exact = run(copy.deepcopy(layer), route, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -187,7 +188,7 @@ def test_state_dict_carries_bank_and_counts(layer: BufferBankNorm2d, x: Tensor, 
 def test_route_is_required_and_restored(layer: BufferBankNorm2d, x: Tensor) -> None:
     with pytest.raises(RuntimeError, match="needs a route"):
         layer(x)
-    with pytest.raises(ZeroDivisionError), layer.switch.on(MeanExpert()):
+    with pytest.raises(ZeroDivisionError), layer.switch.on(UnseenExpert()):
         raise ZeroDivisionError
     with pytest.raises(RuntimeError, match="needs a route"):
         layer(x)

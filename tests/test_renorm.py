@@ -16,7 +16,8 @@ from lda.batch import Batch
 from lda.config import preset
 from lda.errors import UsageError
 from lda.methods.renorm import Emulation, MeanRemix, Remix, ReNorm, ReNorm2d, Route
-from lda.parts.bank import BufferBank, draw_donor
+from lda.parts.bank import BufferBank
+from lda.parts.donors import draw_donor
 from lda.parts.heads import gem
 from lda.parts.losses import batch_hard_triplet_loss, identity_loss
 from lda.parts.routes import Switch, statistics_held

@@ -20,15 +20,20 @@ the bank momentum, lambda_c and lambda_a the weights of the latent losses; mu_b,
         (10) L_align = mean_i D(statistics of F_A,i, latent)
         (11) L = [CE + Tri]_E + [CE + Tri]_A + lambda_c L_consis + lambda_a L_align
 
-Not on the poster, so our reading: the form of (7) to (10), the weights, the inference rule, the schedule.
-`camera_statistics` is no part of LDA: the control for methods that look at the target, on Network-E.
+(1) to (4) are the layer of `lda/parts/anti_norm.py`, whose donors are drawn in `donors.py` and whose statistics are
+found in `given.py`; (6) to (10) are in `latent.py`, and (11) is here.
+
+Not on the poster, so our reading: the form of (7) to (10), the weights, the inference rule, the schedule. Every choice
+that the poster leaves open is a setting below. `camera_statistics` is no part of LDA: the control for methods that look
+at the target, on Network-E.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +44,45 @@ from lda.errors import UsageError
 from lda.groups import Setup
 from lda.kept import Kept
 from lda.methods.base import Cost, Losses, Method, TargetImages
-from lda.parts.backbones import Backbone, backbone_of, convert_norm
-from lda.parts.bank import BufferBank, draw_donor
+from lda.parts.anti_norm import (
+    Affine,
+    AntiNormalised,
+    BufferBankNorm2d,
+    Expert,
+    InstanceNormalised,
+    Route,
+    Sites,
+    Start,
+    UnseenExpert,
+    add_buffer_banks,
+    named_banks,
+)
+from lda.parts.backbones import backbone_of
+from lda.parts.bank import BufferBank
 from lda.parts.bank_pictures import kept_banks
 from lda.parts.camera_statistics import CameraSettings, images_of_camera, take_camera_statistics
+from lda.parts.donors import by_distance, draw_donor, draw_donors
+from lda.parts.given import (
+    GaussianStatistics,
+    Given,
+    MeanRow,
+    MeanRowAndOwn,
+    NearestRow,
+    OtherImages,
+    Row,
+    RowOfLayer,
+    Rows,
+    WeightedRows,
+)
 from lda.parts.heads import Head, gem, label_offsets
+from lda.parts.latent import (
+    Distance,
+    Latent,
+    alignment_loss,
+    consistency_loss,
+    image_statistics,
+    latent_distribution,
+)
 from lda.parts.losses import (
     Gaussian,
     IdentitySettings,
@@ -52,11 +91,12 @@ from lda.parts.losses import (
     identity_loss,
     scale_of,
 )
-from lda.parts.routes import RecordingLayer, Switch
 from lda.settings import Range, setting
 
-Latent = Literal["mean", "barycentre", "mixture"]
-Distance = Literal["w2", "w2_squared", "symmetric_kl"]
+Donor = Literal[
+    "uniform", "round_robin", "per_image", "per_layer", "nearest", "farthest", "all", "own", "gaussian", "other_images"
+]
+_NO_OTHER_DOMAIN: tuple[Donor, ...] = ("own", "gaussian", "other_images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,28 +117,51 @@ class LDASettings(IdentitySettings, CameraSettings):
         50, "bank updates every domain must have before Network-A starts (0: at once)", low=0, high=10**6, standin=5,
         search=Range(0, 100),
     )  # fmt: skip
+    bank_start: Start = setting(
+        "first_batch", "rows begin as their first batch, the pretrained statistics, or zeros", later=True
+    )
     network_a: Literal["an", "in", "none"] = setting(
         "an", "second path: an = Anti-Normalization, in = instance norm without the bank, none", "poster"
     )
-    an_affine: Literal["none", "shared"] = setting(
-        "none", "after AN: none, or the shared gamma and beta of Network-E", "poster"
+    an_affine: Affine = setting(
+        "none", "after AN: none, Network-E's gamma and beta, or its way with an unseen domain (renormalised)", "poster"
     )
-    donor: Literal["uniform", "round_robin"] = setting(
-        "uniform", "choice of the donor j != k of Eq. (4), one per step", "poster (another domain)"
+    donor: Donor = setting(
+        "uniform",
+        "donor j != k of Eq. (4): one per step, image or layer, nearest, farthest, all; or a control",
+        "poster (another domain)",
     )
-    norm_sites: Literal["all", "no_stem"] = setting(
-        "all", "layers that hold a Buffer Bank; no_stem leaves the first one plain", "poster (every layer)"
-    )
+    norm_sites: Sites = setting("all", "layers that hold a Buffer Bank, the others stay plain", "poster (every layer)")
     latent: Latent = setting("mean", "latent distribution of Eq. (7)")
+    latent_gradient: Literal["stopped", "flows"] = setting(
+        "stopped", "through the latent distribution into the batch's own statistics", later=True
+    )
+    latent_maps: Literal["last", "stages"] = setting(
+        "last", "Eqs. (5) to (10) on the last map, or averaged over those after every stage", later=True
+    )
     distance: Distance = setting("w2", "D of Eq. (8)", "META's 2-Wasserstein helper")
-    alignment: Literal["image", "batch"] = setting("image", "L_align of Eq. (10) per image, or on the batch average")
+    alignment: Literal["image", "batch", "within"] = setting(
+        "image", "L_align of Eq. (10) per image, on the batch average, or per image with variances within images"
+    )
+    margin_ratio: float = setting(
+        1.0, "triplet margin of Network-A over that of Network-E", "META; ReNorm 2", low=0.0, high=100.0,
+        search=Range(0.5, 4.0, log=True), later=True,
+    )  # fmt: skip
     heads: Literal["separate", "shared"] = setting("separate", "BNNeck and classifier of the two paths", "ReNorm")
     classifier: Literal["per_domain", "joint"] = setting(
         "per_domain", "one BNNeck and classifier per source, or one over all sources", "ReNorm, ACL"
     )
-    inference: Literal["fused", "aligned", "expert"] = setting(
-        "fused", "fused = expert + aligned; aligned = mean of Network-A over donors; expert = Network-E, mean bank",
-        "ReNorm", test=True,
+    inference: Literal["fused", "aligned", "expert", "concatenated"] = setting(
+        "fused", "fused = expert + aligned, or one behind the other; aligned = Network-A; expert = Network-E", "ReNorm",
+        test=True,
+    )  # fmt: skip
+    test_donors: Literal["all", "nearest", "weighted", "mixed"] = setting(
+        "all", "Network-A's rows for a test image: all in turn, the nearest, by relevance, or their mean", "ReNorm",
+        test=True, later=True,
+    )  # fmt: skip
+    unseen_expert: Literal["mean", "nearest", "weighted", "mixed_with_own"] = setting(
+        "mean", "Network-E's statistics for a test image: mean of the rows, its nearest, by relevance, half its own",
+        "ReNorm", test=True, later=True,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -112,190 +175,23 @@ class LDASettings(IdentitySettings, CameraSettings):
                 "camera_statistics: Network-A normalises by the image alone, so it has none to replace; "
                 "set camera_statistics=off, or inference=fused"
             )
+        self._refuse_without("Network-A", self.network_a != "none", "network_a", ("alignment", "margin_ratio"))
+        self._refuse_without("Anti-Normalization", self.network_a == "an", "network_a", ("an_affine", "donor"))
+        tested = self.network_a == "an" and self.inference != "expert"
+        self._refuse_without("Anti-Normalization in the test", tested, "inference", ("test_donors",))
+        self._refuse_without("Network-E in the test", self.inference != "aligned", "inference", ("unseen_expert",))
+        replaced = self.camera_statistics == "on"
+        self._refuse_without("statistics of the bank", not replaced, "camera_statistics", ("unseen_expert",))
 
-
-# --- Eqs. (1) to (4): the layer with its two paths -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Expert:
-    """Network-E on a batch of one domain. Training: the batch's own statistics, which enter bank row `domain`;
-    evaluation: bank row `domain` itself."""
-
-    domain: int
-
-
-@dataclass(frozen=True)
-class AntiNormalised:
-    """Network-A: per-image statistics are replaced by bank row `donor`."""
-
-    donor: int
-
-
-@dataclass(frozen=True)
-class InstanceNormalised:
-    """The second path without a bank: gamma (X_i - mu_i) / sigma_i + beta."""
-
-
-@dataclass(frozen=True)
-class MeanExpert:
-    """Network-E on an unseen domain: every layer normalises with the average of its bank's rows."""
-
-
-Route = Expert | AntiNormalised | InstanceNormalised | MeanExpert
-
-
-class BufferBankNorm2d(RecordingLayer):
-    """A normalisation layer whose statistics are kept per source domain, with two paths chosen by `switch`.
-
-    Network-E, Eqs. (1)-(3):  E_k(X) = gamma (X - mu_b) / sqrt(v_b + eps) + beta
-    with mu_b and v_b the batch's mean and variance over (n, h, w), which enter row k of the bank.
-
-    Network-A, Eq. (4):  AN(X_i) = sqrt(v_j + eps) (X_i - mu_i) / sqrt(v_i + eps) + mu_j
-    with mu_i and v_i the mean and variance of image i over (h, w), and mu_j, v_j row j of the bank, read only.
-
-    gamma and beta are shared by all domains, so the layer has exactly the parameters of `nn.BatchNorm2d`, and with one
-    domain it is that layer.
-
-    AN *replaces* the normalisation of a layer: followed by normalisation with the same row j it would cancel to plain
-    instance normalisation.
-
-    Args:
-        bank: the K x C Buffer Bank of this layer.
-        switch: shared by the network.
-        an_affine: False: sigma_j and mu_j take the place of gamma and beta; True: gamma AN + beta.
-    """
-
-    def __init__(self, bank: BufferBank, switch: Switch[Route], an_affine: bool = False, eps: float = 1e-5) -> None:
-        super().__init__()
-        num_features = bank.mean.shape[1]
-        self.bank, self.switch, self.an_affine, self.eps = bank, switch, an_affine, eps
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
-        self.camera: nn.BatchNorm2d | None = None
-
-    def watch_camera(self) -> None:
-        """Let `MeanExpert` normalise by statistics that a camera's images give (`take_camera_statistics`)."""
-        self.camera = nn.BatchNorm2d(len(self.weight), eps=self.eps, affine=False).to(self.weight.device).eval()
-        assert self.camera.running_mean is not None, "it tracks them"
-        assert self.camera.running_var is not None, "it tracks them"
-        self.camera.running_mean.copy_(self.bank.mean.mean(0))
-        self.camera.running_var.copy_(self.bank.var.mean(0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W). Raises RuntimeError outside `with switch.on(route)`."""
-        match self.switch.route:
-            case Expert(domain):
-                return self._expert(x, domain)
-            case AntiNormalised(donor):
-                return self._anti_normalised(x, donor)
-            case InstanceNormalised():
-                return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
-            case MeanExpert() if self.camera is not None:
-                normalised: Tensor = self.camera(x)
-                return self.weight[:, None, None] * normalised + self.bias[:, None, None]
-            case MeanExpert():
-                mean, var = self.bank.mean.mean(0), self.bank.var.mean(0)
-                return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
-
-    def _expert(self, x: Tensor, domain: int) -> Tensor:
-        mean, var = self.bank.mean[domain], self.bank.var[domain]  # views: the kernel writes Eq. (3) into them
-        if not self.training:
-            return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
-        # A share of 0 leaves the row as it is, and saves the same tensors for the backward pass as recording does.
-        share = self.bank.count_update(domain) if self.recording else 0.0
-        return F.batch_norm(x, mean, var, self.weight, self.bias, training=True, momentum=share, eps=self.eps)
-
-    def _anti_normalised(self, x: Tensor, donor: int) -> Tensor:
-        mean, deviation = self.bank.mean[donor], (self.bank.var[donor] + self.eps).sqrt()  # Eq. (4): mu_j, sigma_j
-        if self.an_affine:
-            mean, deviation = self.weight * mean + self.bias, self.weight * deviation
-        return F.instance_norm(x, weight=deviation, bias=mean, eps=self.eps)
-
-
-def add_buffer_banks(
-    backbone: Backbone, num_domains: int, momentum: float, an_affine: bool = False, keep_first: bool = False
-) -> Switch[Route]:
-    """Turn a plain backbone into the two-path network: a Buffer Bank of K domains at every normalisation layer.
-
-    Returns the switch that chooses the path.
-    """
-    switch: Switch[Route] = Switch()
-
-    def make(old: nn.BatchNorm2d) -> BufferBankNorm2d:
-        return BufferBankNorm2d(BufferBank(num_domains, old.num_features, momentum), switch, an_affine)
-
-    convert_norm(backbone, make, keep_first)
-    backbone.replay = switch.remembered
-    return switch
-
-
-def named_banks(network: nn.Module) -> Iterator[tuple[str, BufferBank]]:
-    """(layer name, bank) of every Buffer Bank layer, in network order."""
-    for name, module in network.named_modules():
-        if isinstance(module, BufferBankNorm2d):
-            yield name, module.bank
-
-
-# --- Eqs. (6) to (10): the latent distribution and its losses --------------------------------------------------------
-
-# Dead ReLU channels have v = 0, where the square root's slope is infinite; so is it at zero distance.
-_VARIANCE_FLOOR = 1e-5
-_DISTANCE_FLOOR = 1e-8
-
-
-def image_statistics(maps: Tensor) -> Gaussian:
-    """Per-image mean and variance of (N, C, H, W) over (h, w), as (N, C) each, in fp32."""
-    var, mean = torch.var_mean(maps.float(), dim=(2, 3), correction=0)
-    return Gaussian(mean, var)
-
-
-@torch.no_grad()
-def latent_distribution(domains: Gaussian, kind: Latent = "mean") -> Gaussian:
-    """Eq. (7): the latent distribution (mu*, v*) of K domains' output statistics (K, C), without gradient.
-
-    mean: averages of means and of variances. barycentre: standard deviations averaged, the 2-Wasserstein barycentre of
-    diagonal Gaussians. mixture: the moments of the equal-weight mixture, which adds the variance between domains.
-    """
-    mean = domains.mean.mean(0)
-    if kind == "mean":
-        return Gaussian(mean, domains.var.mean(0))
-    if kind == "barycentre":
-        return Gaussian(mean, domains.var.sqrt().mean(0).square())
-    return Gaussian(mean, (domains.var + domains.mean.square()).mean(0) - mean.square())
-
-
-def distance(p: Gaussian, q: Gaussian, kind: Distance = "w2") -> Tensor:
-    """Eq. (8): D(p, q) over the last axis, (..., C) -> (...).
-
-    w2: sqrt((|mu_p - mu_q|^2 + |s_p - s_q|^2) / C), the 2-Wasserstein distance of diagonal Gaussians over sqrt(C),
-    s the standard deviation. w2_squared: its square. symmetric_kl: mean over channels of (KL(p|q) + KL(q|p)) / 2.
-    """
-    mean_gap = (p.mean - q.mean).square()
-    var_p, var_q = p.var + _VARIANCE_FLOOR, q.var + _VARIANCE_FLOOR
-    if kind == "symmetric_kl":
-        return 0.25 * ((var_p + mean_gap) / var_q + (var_q + mean_gap) / var_p - 2.0).mean(-1)
-    squared = (mean_gap + (var_p.sqrt() - var_q.sqrt()).square()).mean(-1)
-    return squared if kind == "w2_squared" else (squared + _DISTANCE_FLOOR).sqrt()
-
-
-def consistency_loss(expert_maps: Tensor, latent: Gaussian, kind: Distance = "w2") -> Tensor:
-    """Eq. (9): L_consis, the distance of the batch's output statistics on Network-E from the latent distribution."""
-    return distance(batch_statistics(expert_maps), latent, kind)
-
-
-def alignment_loss(aligned_maps: Tensor, latent: Gaussian, kind: Distance = "w2", per_image: bool = True) -> Tensor:
-    """Eq. (10): L_align, the mean over images of the distance of an image's statistics on Network-A from the latent.
-
-    per_image=False compares the batch average of the images' statistics instead.
-    """
-    images = image_statistics(aligned_maps)
-    if not per_image:
-        images = Gaussian(images.mean.mean(0), images.var.mean(0))
-    return distance(images, latent, kind).mean()
-
-
-# --- Eq. (11) and inference ------------------------------------------------------------------------------------------
+    def _refuse_without(self, what: str, there: bool, cause: str, names: Sequence[str]) -> None:
+        """Raises UsageError for a setting that would change nothing."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in names:
+            if not there and getattr(self, name) != defaults[name]:
+                raise UsageError(
+                    f"{name}: {getattr(self, name)!r} needs {what}, but {cause} is {getattr(self, cause)}; "
+                    f"leave {name} at {defaults[name]}"
+                )
 
 
 class LDA(Method):
@@ -309,26 +205,41 @@ class LDA(Method):
 
     def __init__(self, settings: LDASettings, setup: Setup) -> None:
         super().__init__(settings, setup)
-        if settings.network_a == "an" and self.num_domains < 2:
+        if settings.network_a == "an" and self.num_domains < 2 and settings.donor not in _NO_OTHER_DOMAIN:
             raise UsageError(
                 "network_a: Anti-Normalization borrows the statistics of another source domain, but this protocol "
                 f"trains on {self.num_domains}; set network_a=in, or choose another method"
             )
+        if settings.bank_start == "pretrained" and setup.network.pretrained == "none" and setup.fresh:
+            raise UsageError(
+                "bank_start: pretrained begins with the statistics of pretrained weights, and pretrained is none; set "
+                "bank_start=first_batch, or set pretrained to weights"
+            )
         self.backbone = backbone_of(setup)
+        # The latent losses watch these maps, the last of which is the output.
+        watched = self.backbone.stage_widths if settings.latent_maps == "stages" else [self.backbone.channels]
         self.switch = add_buffer_banks(
             self.backbone,
             self.num_domains,
             settings.bank_momentum,
-            an_affine=settings.an_affine == "shared",
-            keep_first=settings.norm_sites == "no_stem",
+            settings.an_affine,
+            settings.norm_sites,
+            settings.bank_start,
         )
         joint = settings.classifier == "joint"
         groups = [sum(setup.num_ids)] if joint else list(setup.num_ids)
         self.head_e = Head(self.backbone.channels, groups)
         separate = settings.network_a != "none" and settings.heads == "separate"
         self.head_a = Head(self.backbone.channels, groups) if separate else self.head_e
-        self.output_bank = BufferBank(self.num_domains, self.backbone.channels, settings.bank_momentum)
+        self.output_bank = self._new_bank(self.backbone.channels)
+        # Of the maps before the last one, and of variances within images; both empty by default.
+        self.stage_banks = nn.ModuleList(map(self._new_bank, watched[:-1]))
+        within = watched if settings.alignment == "within" else []
+        self.within_banks = nn.ModuleList(map(self._new_bank, within))
         self.offsets = label_offsets(setup.num_ids).tolist() if joint else [0] * self.num_domains
+
+    def _new_bank(self, channels: int) -> BufferBank:
+        return BufferBank(self.num_domains, channels, self.settings.bank_momentum)
 
     @property
     def layout(self) -> Layout:
@@ -336,7 +247,10 @@ class LDA(Method):
 
     @property
     def inference(self) -> str:
-        return self.settings.inference + (", camera statistics" if self.looks_at_target else "")
+        settings = self.settings
+        donors = "" if settings.test_donors == "all" else f", {settings.test_donors} donors"
+        unseen = "" if settings.unseen_expert == "mean" else f", Network-E by {settings.unseen_expert} rows"
+        return settings.inference + donors + unseen + (", camera statistics" if self.looks_at_target else "")
 
     @property
     def looks_at_target(self) -> bool:
@@ -349,13 +263,16 @@ class LDA(Method):
             if isinstance(layer, BufferBankNorm2d):
                 layer.watch_camera()
         images = images_of_camera(target, self.settings.camera_images)
-        take_camera_statistics(lambda shown: self._maps(shown, MeanExpert()), images, [self.backbone])
+        take_camera_statistics(lambda shown: self._maps(shown, UnseenExpert())[-1], images, [self.backbone])
 
     @property
     def cost(self) -> Cost:
-        donors = 1 if self.settings.network_a == "in" else self.num_domains
-        forwards = {"expert": 1, "aligned": donors, "fused": 1 + donors}[self.settings.inference]
-        return Cost(train_passes=1 if self.settings.network_a == "none" else 2, test_forwards=forwards)
+        passes = 0 if self.settings.network_a == "none" else 1
+        if self.settings.donor == "all":
+            passes = self.num_domains - 1
+        return Cost(train_passes=1 + passes, test_forwards=len(self._test_routes()))
+
+    # --- training ----------------------------------------------------------------------------------------------------
 
     def training_losses(self, batch: Batch, step: int) -> Losses:
         """Eq. (11) for one batch of a single domain. Writes row k of every bank."""
@@ -364,49 +281,98 @@ class LDA(Method):
         labels = batch.labels + self.offsets[domain]
 
         maps_e = self._maps(batch.images, Expert(domain))  # Eqs. (1)-(3), (5)
-        features_e = gem(maps_e, self.setup.network.gem_p)
-        output = batch_statistics(maps_e.detach())  # Eq. (6)
-        self.output_bank.update(domain, *output)
-        latent = self.latent()
+        features_e = gem(maps_e[-1], self.setup.network.gem_p)
+        outputs = self._update_output_banks(domain, maps_e)  # Eq. (6)
+        latents = self._latents(domain, maps_e, outputs)  # Eq. (7)
         losses = self._identity(self.head_e, features_e, labels, domain, "e")
-        losses["loss/consistency"] = consistency_loss(maps_e, latent, settings.distance)  # Eq. (9)
+        losses["loss/consistency"] = _mean(  # Eq. (9)
+            [consistency_loss(maps, latent, settings.distance) for maps, latent in zip(maps_e, latents, strict=True)]
+        )
         total = losses["loss/id_e"] + settings.triplet_weight * losses["loss/triplet_e"]
         ramp = self.latent_ramp(step)
         total = total + ramp * settings.consistency_weight * losses["loss/consistency"]
 
         if self.aligned_ready():
-            maps_a = self._maps(batch.images, self.draw_route(domain, step))  # Eqs. (4), (5)
-            features_a = gem(maps_a, self.setup.network.gem_p)
-            losses |= self._identity(self.head_a, features_a, labels, domain, "a")
-            losses["loss/alignment"] = alignment_loss(  # Eq. (10)
-                maps_a, latent, settings.distance, per_image=settings.alignment == "image"
+            routes = self.draw_routes(domain, step, len(batch.images))
+            losses |= _averaged(
+                [self._aligned_losses(batch.images, route, labels, domain, latents) for route in routes]
             )
             total = total + losses["loss/id_a"] + settings.triplet_weight * losses["loss/triplet_a"]
             total = total + ramp * settings.alignment_weight * losses["loss/alignment"]
-        return {"loss/total": total, **losses, **scale_of(features_e, output)}
+        return {"loss/total": total, **losses, **scale_of(features_e, outputs[-1])}
 
-    def _maps(self, images: Tensor, route: Route) -> Tensor:
+    def _aligned_losses(
+        self, images: Tensor, route: Route, labels: Tensor, domain: int, latents: Sequence[Gaussian]
+    ) -> Losses:
+        """The identity losses of Network-A, and Eq. (10)."""
+        maps_a = self._maps(images, route)  # Eqs. (4), (5)
+        losses = self._identity(self.head_a, gem(maps_a[-1], self.setup.network.gem_p), labels, domain, "a")
+        aims = self._within(latents) if self.settings.alignment == "within" else latents
+        per_image = self.settings.alignment != "batch"
+        losses["loss/alignment"] = _mean(
+            [
+                alignment_loss(maps, aim, self.settings.distance, per_image)
+                for maps, aim in zip(maps_a, aims, strict=True)
+            ]
+        )
+        return losses
+
+    def _maps(self, images: Tensor, route: Route) -> list[Tensor]:
+        """The maps that the latent losses watch, the last of them the network's output."""
         with self.switch.on(route):
-            maps: Tensor = self.backbone(images)
-        return maps
+            maps: Tensor | list[Tensor] = (
+                self.backbone.stage_maps(images) if len(self.stage_banks) else self.backbone(images)
+            )
+        return maps if isinstance(maps, list) else [maps]
 
     def _identity(self, head: Head, features: Tensor, labels: Tensor, domain: int, path: str) -> Losses:
         group = domain if self.settings.classifier == "per_domain" else 0
+        margin = self.settings.triplet_margin * (self.settings.margin_ratio if path == "a" else 1.0)
         return {
             f"loss/id_{path}": identity_loss(head(features, group), labels, self.settings.label_smoothing),
-            f"loss/triplet_{path}": batch_hard_triplet_loss(features, labels, self.settings.triplet_margin),
+            f"loss/triplet_{path}": batch_hard_triplet_loss(features, labels, margin),
         }
 
-    def latent(self) -> Gaussian:
-        """Eq. (7) over the domains seen so far: (mu*, v*), (C,) each, no gradient."""
-        seen = self.output_bank.seen()
-        rows = Gaussian(self.output_bank.mean[seen], self.output_bank.var[seen])
-        return latent_distribution(rows, self.settings.latent)
+    # --- the latent distribution -------------------------------------------------------------------------------------
+
+    def _output_banks(self) -> list[BufferBank]:
+        """Of the maps that are watched, in their order."""
+        return [*_banks(self.stage_banks), self.output_bank]
+
+    def _update_output_banks(self, domain: int, maps_e: Sequence[Tensor]) -> list[Gaussian]:
+        """Eq. (6), and the same of variances within images. Returns what entered the banks."""
+        outputs = [batch_statistics(maps.detach()) for maps in maps_e]
+        for bank, output in zip(self._output_banks(), outputs, strict=True):
+            bank.update(domain, *output)
+        within = _banks(self.within_banks)
+        for bank, maps in zip(within, maps_e if within else (), strict=True):
+            images = image_statistics(maps.detach())
+            bank.update(domain, images.mean.mean(0), images.var.mean(0))
+        return outputs
+
+    def _latents(self, domain: int, maps_e: Sequence[Tensor], outputs: Sequence[Gaussian]) -> list[Gaussian]:
+        """Eq. (7) for every map that is watched, over the domains seen so far; `outputs`: what entered the banks."""
+        latents = []
+        for bank, maps, output in zip(self._output_banks(), maps_e, outputs, strict=True):
+            seen = bank.seen()
+            rows = Gaussian(bank.mean[seen], bank.var[seen])
+            if self.settings.latent_gradient == "flows":
+                rows = _with_gradient(rows, batch_statistics(maps), bank, seen.index(domain))
+            latents.append(latent_distribution(rows, self.settings.latent, output))
+        return latents
+
+    def _within(self, latents: Sequence[Gaussian]) -> list[Gaussian]:
+        """The latents with the mean over domains of variances within images: like is compared with like, since the
+        variance of a domain also holds that of its images' means, which no single image can have."""
+        seen, banks = self.output_bank.seen(), _banks(self.within_banks)
+        return [Gaussian(latent.mean, bank.var[seen].mean(0)) for latent, bank in zip(latents, banks, strict=True)]
 
     def latent_ramp(self, step: int) -> float:
         """Share of the latent losses' weights at a step: 0 to 1 over the learning rate's warm-up."""
         warmup = self.setup.schedule.warmup_steps
         return 1.0 if warmup == 0 else min(1.0, step / warmup)
+
+    # --- Network-A ---------------------------------------------------------------------------------------------------
 
     def aligned_ready(self) -> bool:
         """Network-A starts when every domain's bank row is settled: before, AN would inject noise."""
@@ -414,30 +380,75 @@ class LDA(Method):
             return False
         return min(self.output_bank.counts) >= max(self.settings.bank_warmup_updates, 1)
 
-    def draw_route(self, domain: int, step: int) -> Route:
-        """The second path of a step; its donor j != k is a function of (seed, step), so that a resumed run agrees."""
+    def draw_routes(self, domain: int, step: int, count: int) -> list[Route]:
+        """The second path of a step with `count` images, or the second paths where every donor has one; a function of
+        (seed, step) and the banks, so that a resumed run agrees."""
         if self.settings.network_a == "in":
-            return InstanceNormalised()
-        return AntiNormalised(draw_donor(self.settings.donor, domain, self.num_domains, self.setup.seed, step))
+            return [InstanceNormalised()]
+        return [AntiNormalised(given) for given in self._donors(domain, step, count)]
+
+    def _donors(self, domain: int, step: int, count: int) -> list[Given]:
+        seed, others = self.setup.seed, self.num_domains
+        match self.settings.donor:
+            case "uniform" | "round_robin" as rule:
+                return [Row(draw_donor(rule, domain, others, seed, step))]
+            case "per_image":
+                return [Rows(draw_donors(count, domain, others, seed, step))]
+            case "per_layer":
+                return [RowOfLayer(domain, seed, step)]
+            case "nearest" | "farthest" as rule:
+                return [Row(by_distance(rule, domain, self.output_bank))]
+            case "all":
+                return [Row(other) for other in range(others) if other != domain]
+            case "own":
+                return [Row(domain)]
+            case "gaussian":
+                return [GaussianStatistics(seed, step)]
+            case "other_images":
+                return [OtherImages(seed, step)]
+
+    # --- test --------------------------------------------------------------------------------------------------------
 
     def encode(self, images: Tensor) -> Tensor:
         """Features (B, D) before the BNNeck in the configured inference mode; every image on its own.
 
-        expert: E with mean bank statistics. aligned: mean over all K donors of A. fused: their sum. Every part is
-        L2-normalised first.
+        expert: E by the statistics of `unseen_expert`. aligned: mean of A over `test_donors`. fused: their sum;
+        concatenated: one behind the other, 2 D numbers. Every part is L2-normalised first.
         """
-        parts: list[Tensor] = []
-        if self.settings.inference in ("fused", "expert"):
-            parts.append(self._feature(images, MeanExpert()))
-        if self.settings.inference in ("fused", "aligned"):
-            routes: list[Route] = [AntiNormalised(donor) for donor in range(self.num_domains)]
-            if self.settings.network_a == "in":
-                routes = [InstanceNormalised()]
-            parts.append(torch.stack([self._feature(images, route) for route in routes]).mean(0))
-        return torch.stack(parts).sum(0)
+        features = {route: self._feature(images, route) for route in self._test_routes()}
+        parts = [feature for route, feature in features.items() if isinstance(route, UnseenExpert)]
+        if aligned := [feature for route, feature in features.items() if not isinstance(route, UnseenExpert)]:
+            parts.append(torch.stack(aligned).mean(0))
+        return torch.cat(parts, 1) if self.settings.inference == "concatenated" else torch.stack(parts).sum(0)
+
+    def _test_routes(self) -> list[Route]:
+        """The passes of a test image. Network-A borrows rows of the bank, whatever was given to it in training."""
+        routes: list[Route] = []
+        if self.settings.inference != "aligned":
+            unseen: dict[str, Given] = {
+                "mean": MeanRow(),
+                "nearest": NearestRow(),
+                "weighted": WeightedRows(),
+                "mixed_with_own": MeanRowAndOwn(),
+            }
+            routes.append(UnseenExpert(unseen[self.settings.unseen_expert]))
+        if self.settings.inference != "expert":
+            routes += [InstanceNormalised()] if self.settings.network_a == "in" else self._test_donors()
+        return routes
+
+    def _test_donors(self) -> list[Route]:
+        donors: dict[str, list[Given]] = {
+            "all": [Row(domain) for domain in range(self.num_domains)],
+            "nearest": [NearestRow()],
+            "weighted": [WeightedRows()],
+            "mixed": [MeanRow()],
+        }
+        return [AntiNormalised(given) for given in donors[self.settings.test_donors]]
 
     def _feature(self, images: Tensor, route: Route) -> Tensor:
-        return F.normalize(gem(self._maps(images, route), self.setup.network.gem_p))
+        return F.normalize(gem(self._maps(images, route)[-1], self.setup.network.gem_p))
+
+    # --- what is left ------------------------------------------------------------------------------------------------
 
     def banks(self) -> Iterator[tuple[str, BufferBank]]:
         """(layer name, bank) of every layer, then the bank of output statistics."""
@@ -446,3 +457,26 @@ class LDA(Method):
 
     def kept(self, domains: list[str]) -> dict[str, Kept]:
         return kept_banks(domains, dict(self.banks()))
+
+
+def _banks(modules: nn.ModuleList) -> list[BufferBank]:
+    return cast(list[BufferBank], list(modules))
+
+
+def _with_gradient(rows: Gaussian, live: Gaussian, bank: BufferBank, own: int) -> Gaussian:
+    """The rows (K, C) as they are, with the gradient of row `own` through the batch's statistics, of which Eq. (3) put
+    1 - m into it; all of them into a row that the batch began."""
+    share = 1.0 if bank.counts[bank.seen()[own]] == 1 else 1.0 - bank.momentum
+    zero = Gaussian(*(share * (of - of.detach()) for of in live))
+    mask = torch.arange(len(rows.mean), device=rows.mean.device)[:, None] == own
+    return Gaussian(*(torch.where(mask, row + of, row) for row, of in zip(rows, zero, strict=True)))
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    """Of scalars; of one it is that one, to the bit."""
+    return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
+
+
+def _averaged(losses: Sequence[Losses]) -> Losses:
+    """Every loss averaged over the passes."""
+    return {name: _mean([each[name] for each in losses]) for name in losses[0]}

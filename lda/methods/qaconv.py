@@ -167,7 +167,7 @@ class QAConv(Method):
 
     def _refuse(self) -> None:
         settings, network = self.settings, self.setup.network
-        if settings.qaconv_freeze_bn == "yes" and network.pretrained == "none":
+        if settings.qaconv_freeze_bn == "yes" and network.pretrained == "none" and self.setup.fresh:
             raise UsageError(
                 "qaconv_freeze_bn: yes keeps the statistics of pretrained weights, and pretrained is none; set "
                 "qaconv_freeze_bn=no, or set pretrained to weights"

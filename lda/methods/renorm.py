@@ -43,8 +43,9 @@ from lda.groups import Setup
 from lda.kept import Kept
 from lda.methods.base import Cost, Losses, Method
 from lda.parts.backbones import Backbone, backbone_of, convert_norm
-from lda.parts.bank import BufferBank, draw_donor
+from lda.parts.bank import BufferBank
 from lda.parts.bank_pictures import kept_banks
+from lda.parts.donors import draw_donor
 from lda.parts.heads import Head, gem
 from lda.parts.losses import (
     Gaussian,

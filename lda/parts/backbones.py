@@ -6,6 +6,7 @@ Shapes: images (B, 3, H, W) -> map (B, C, h, w) after the last ReLU.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -54,6 +55,23 @@ class Backbone(nn.Module):
         """Channels of a stage's output."""
         norms = [m for m in self.get_submodule(stage)[-1].children() if isinstance(m, nn.BatchNorm2d)]  # type: ignore[index]
         return norms[-1].num_features
+
+    @property
+    def stage_widths(self) -> list[int]:
+        """Channels of every stage's output."""
+        return [self.stage_channels(stage) for stage in self.stages]
+
+    def stage_maps(self, images: Tensor) -> list[Tensor]:
+        """The maps after every stage, and what comes behind it up to the next one; the last is that of `forward`."""
+        maps: list[Tensor] = []
+        x = images
+        for name, steps in itertools.groupby(self.steps(), lambda step: step[0].split(".")[0]):
+            x = self.walk(x, steps)
+            if name.startswith("layer"):
+                maps.append(x)
+            elif maps:
+                maps[-1] = x
+        return maps
 
     def insert_after(self, stage: str, name: str, module: nn.Module) -> None:
         """Let a stage's output pass through `module`, registered under `name`; it is never recomputed."""

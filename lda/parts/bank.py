@@ -5,9 +5,8 @@ Shapes: K source domains, C channels; row k of a bank holds domain k.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +45,12 @@ class BufferBank(nn.Module):
         return 1.0 if self.copy_first and self.counts[domain] == 1 else 1.0 - self.momentum
 
     @torch.no_grad()
+    def fill(self, mean: Tensor, var: Tensor) -> None:
+        """Let every row begin with these statistics, (C,) each; they count as no update."""
+        self.mean.copy_(mean.expand_as(self.mean))
+        self.var.copy_(var.expand_as(self.var))
+
+    @torch.no_grad()
     def update(self, domain: int, mean: Tensor, var: Tensor) -> None:
         """Eq. (3) for statistics computed elsewhere: mean and unbiased var, both (C,)."""
         share = self.count_update(domain)
@@ -64,19 +69,6 @@ class BufferBank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_domains={len(self.counts)}, num_features={self.mean.shape[1]}, momentum={self.momentum}"
-
-
-def draw_donor(rule: Literal["uniform", "round_robin"], domain: int, num_domains: int, seed: int, step: int) -> int:
-    """The other domain j != `domain` whose row a step borrows: a function of (seed, step), so a resumed run agrees.
-
-    Raises ValueError when there is no other.
-    """
-    others = [other for other in range(num_domains) if other != domain]
-    if not others:
-        raise ValueError(f"expected two or more domains to draw a donor from, got {num_domains}")
-    if rule == "round_robin":
-        return others[step % len(others)]
-    return random.Random(f"donor {seed} {step}").choice(others)
 
 
 def bank_arrays(domains: Sequence[str], banks: Mapping[str, BufferBank]) -> dict[str, NDArray[Any]]:
