@@ -31,6 +31,8 @@ _FEW_SEEDS = 5  # below so many, a bootstrap over seeds knows too few values to 
 
 SELECTION_RULES = {
     "source_validation": "source_validation (held-out source identities; the target is never looked at)",
+    "leave_one_source_out": "leave_one_source_out (trainings without each source, tested on it; the target is not)",
+    "proxy_domain": "proxy_domain (another data set that is neither source nor target; the target is not looked at)",
     "oracle": "ORACLE (chosen by looking at the target; not a generalisation result)",
 }
 """Selection rule -> how a table names it."""

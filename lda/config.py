@@ -122,8 +122,11 @@ class Config:
             }
         )
 
-    def unit_hash(self, sources: Mapping[str, str], target: str) -> str:
-        """12 hex digits that name a result: `training_hash`, the target, its content hash, selection and test."""
+    def unit_hash(self, sources: Mapping[str, str], target: str, proxy: str = "") -> str:
+        """12 hex digits that name a result: `training_hash`, the target, its content hash, selection and test.
+
+        target, proxy: content hashes of what is tested, the latter where there is a proxy domain.
+        """
         tests: dict[str, Any] = {}
         for part in (self.data, self.method.settings, self.test):
             tests |= _hashed(part, test=True)
@@ -134,6 +137,8 @@ class Config:
                 "target": [self.run.target, target],
                 "selection": self.selection.selection,
                 "test": tests,
+                **({"held out": self.run.held_out} if self.run.without else {}),
+                **({"proxy": [self.selection.proxy_domain, proxy]} if proxy else {}),
             }
         )
 

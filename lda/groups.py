@@ -11,6 +11,10 @@ from typing import Literal
 from lda.errors import UsageError
 from lda.settings import Range, Settings, setting
 
+Rule = Literal["source_validation", "leave_one_source_out", "proxy_domain", "oracle"]
+LEFT_OUT: Rule = "leave_one_source_out"
+_NO_DOMAIN = "none"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Settings):
@@ -19,6 +23,16 @@ class Run(Settings):
     protocol: str = setting("protocol3", "evaluation protocol, see lda/protocols.py", "poster")
     target: str = setting("market1501", "the unseen target domain", "poster")
     seed: int = setting(0, "seed of weights, batches and augmentation", low=0, high=2**31 - 1)
+    held_out: str = setting(
+        _NO_DOMAIN,
+        "a source that does not train and is tested in the target's place (leave_one_source_out)",
+        later=True,
+    )
+
+    @property
+    def without(self) -> str:
+        """The source that is held out, "" for none."""
+        return "" if self.held_out == _NO_DOMAIN else self.held_out
 
 
 NO_FILES = ("imagenet", "none")
@@ -95,8 +109,9 @@ class Schedule(Settings):
 class Selection(Settings):
     """What ranks runs. Held-out identities do not train, so `validation_fraction` is part of a training's identity."""
 
-    selection: Literal["source_validation", "oracle"] = setting(
-        "source_validation", "score that ranks runs; oracle looks at the target"
+    selection: Rule = setting("source_validation", "score that ranks runs; oracle looks at the target")
+    proxy_domain: str = setting(
+        _NO_DOMAIN, "a data set, no source and no target, that is tested too; its mAP is the rule's score", later=True
     )
     validation_fraction: float = setting(
         0.1, "share of each source's identities held out of training for source_validation", low=0.0, high=0.5
@@ -106,6 +121,16 @@ class Selection(Settings):
         super().__post_init__()
         if self.selection == "source_validation" and self.validation_fraction == 0:
             raise UsageError("validation_fraction: source_validation needs held-out identities, got 0.0; try 0.1")
+        if self.selection == "proxy_domain" and not self.proxy:
+            raise UsageError(
+                "proxy_domain: the rule of this name needs a data set that is no source and no target, got none; "
+                "try viper"
+            )
+
+    @property
+    def proxy(self) -> str:
+        """The proxy domain, "" for none."""
+        return "" if self.proxy_domain == _NO_DOMAIN else self.proxy_domain
 
 
 @dataclass(frozen=True, kw_only=True)

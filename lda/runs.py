@@ -23,7 +23,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -68,14 +68,18 @@ class Selection:
     """The score that ranks runs.
 
     Attributes:
-        rule: source_validation or oracle.
+        rule: see `lda.groups.Rule`.
         score: what the rule says of this unit, a fraction.
-        per_source: source -> mAP on its held-out identities; empty with oracle.
+        per_source: source -> mAP on its held-out identities; empty where none are held out.
+        scores: what every rule says whose number is known, the target's own (oracle) among them.
+        left_out: source -> mAP on it of a training without it; empty but for leave_one_source_out.
     """
 
     rule: str
     score: float
     per_source: dict[str, float]
+    scores: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, float] = field(default_factory=dict)
 
 
 @_own_keys_only
@@ -104,10 +108,12 @@ class Content:
     Attributes:
         sources: source -> hash of what was trained on.
         target: hash of the query and gallery images.
+        proxy: of the proxy domain's; "" where there is none.
     """
 
     sources: dict[str, str]
     target: str
+    proxy: str = ""
 
 
 @_own_keys_only

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lda.data.sources import Task, build_task
 from lda.data.standin.tree import ensure_standin
 from lda.device import choose_device, memory_errors
 from lda.errors import DamagedError, UsageError, warn
+from lda.groups import LEFT_OUT
 from lda.runs import METRICS, Content, Cost, Result, RunFolder, Selection, Split, UnitFolder
 from lda.testing import Evaluation, Evaluator, check_target, chosen_splits, metrics
 from lda.tracking import RunLabels, Tracker
@@ -53,7 +54,7 @@ def run_unit(
     labels: RunLabels | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     check: Callable[[], None] = lambda: None,
-    trained: Sequence[Path] = (),
+    trained: Callable[[str], Sequence[Path]] = lambda training: (),
 ) -> Result:
     """Run one unit to its end in `folder`, going on from its checkpoint, and return what result.json says.
 
@@ -64,22 +65,20 @@ def run_unit(
     before a checkpoint or result is written. An exception raised by either ends the run and passes through; the
     checkpoint stays. That of an epoch is written before its validation, which a run that goes on makes again.
 
-    `trained`: folders of other units. Where one holds a finished training with this unit's training hash, as the
-    targets of Protocol-1 do, which share their sources, it is taken over instead of being repeated.
+    `trained`: folders of other units with a training hash. Where one holds the finished training, as the targets of
+    Protocol-1 do, which share their sources, it is taken over instead of being repeated.
+
+    With the rule leave_one_source_out the unit first trains once without each of its sources, in folders of its own
+    below `folder`, and tests on it.
 
     Raises UsageError for bad data or settings and for a folder that is another unit's, FolderInUseError (a UsageError)
     while another process works there, TrainingError for a loss that is not finite, OSError for a disk that refuses.
     """
     device = choose_device(config.machine)
-    task = build_task(
-        config.run.protocol,
-        config.run.target,
-        data_root or ensure_standin(),
-        config.data,
-        validation_fraction=config.selection.validation_fraction,
-    )
+    data_root = data_root or ensure_standin()
+    task = task_of(config, data_root)
     training = config.training_hash(task.content.sources)
-    unit = config.unit_hash(task.content.sources, task.content.target)
+    unit = config.unit_hash(task.content.sources, task.content.target, task.content.proxy)
     run = RunFolder(folder, unit, training, config.to_dict())
     result = run.known_result()
     if result is not None and not run.damaged_kept(result.kept):
@@ -92,7 +91,18 @@ def run_unit(
             _mend_kept(run, result.kept, config, task, device)
             return result
         run.write_environment(str(device))
-        saved = saved or _take_over(run, config, device, trained)
+        left_out = {
+            source: run_unit(
+                _without(config, source),
+                folder / f"without-{source}",
+                data_root=data_root,
+                on_progress=lambda progress: on_progress(replace(progress, score=None)),
+                check=check,
+                trained=trained,
+            )
+            for source in _to_leave_out(config, task)
+        }
+        saved = saved or _take_over(run, config, device, trained(training))
         labels = labels or RunLabels(name=f"{config.method.name}-{config.run.target}-s{config.run.seed}")
         details = {
             **config.to_dict(),
@@ -103,12 +113,37 @@ def run_unit(
         tracker = Tracker(folder, unit, details, labels, config.machine.wandb)
         try:
             with memory_errors(device):
-                result = _Unit(config, task, device, run, tracker, on_progress, check).complete(saved)
+                result = _Unit(config, task, device, run, tracker, on_progress, check, left_out).complete(saved)
         except BaseException:
             tracker.finish(failed=True)
             raise
         tracker.finish()
         return result
+
+
+def task_of(config: Config, data_root: Path) -> Task:
+    """The images of a unit. Raises UsageError as `build_task`."""
+    run, selection = config.run, config.selection
+    return build_task(
+        run.protocol,
+        run.target,
+        data_root,
+        config.data,
+        validation_fraction=selection.validation_fraction,
+        held_out=run.without,
+        proxy=selection.proxy,
+    )
+
+
+def _to_leave_out(config: Config, task: Task) -> list[str]:
+    """The sources of which a unit needs a training without each."""
+    asked = config.selection.selection == LEFT_OUT and not config.run.without
+    return [source.name for source in task.sources] if asked else []
+
+
+def _without(config: Config, source: str) -> Config:
+    """A unit that trains without a source, and is tested on it in the target's place."""
+    return config.replace(held_out=source, proxy_domain="none", evaluate_every=0, wandb="disabled")
 
 
 def _saved(run: RunFolder, device: torch.device) -> Checkpoint | None:
@@ -184,6 +219,10 @@ def _mend_kept(run: RunFolder, names: Sequence[str], config: Config, task: Task,
     warn(f"{damages}; made again from the checkpoint")
 
 
+def _average(scores: Mapping[str, float]) -> float:
+    return float(np.mean(list(scores.values())))
+
+
 def _metrics(test: Evaluation) -> dict[str, Any]:
     found = metrics(test)
     return {**found, "splits": tuple(Split(**split) for split in found.get("splits", ()))}
@@ -201,13 +240,15 @@ class _Unit:
         tracker: Tracker,
         on_progress: Callable[[Progress], None],
         check: Callable[[], None],
+        left_out: Mapping[str, Result],
     ) -> None:
         self.config, self.task, self.run, self.tracker = config, task, run, tracker
-        self.on_progress, self.check = on_progress, check
+        self.on_progress, self.check, self.left_out = on_progress, check, left_out
         self.trainer = Trainer(config, task, device, check)
         self.validation = [Evaluator([images], config, device, check) for images in task.validation]
         check_target(self.trainer.method, task.test_splits)
         self.test = Evaluator(chosen_splits(task.test_splits, config.test), config, device, check)
+        self.proxy = Evaluator(task.proxy_splits, config, device, check) if task.proxy_splits else None
         self.started = time.monotonic()
         self.seconds_before = 0.0
         self.images_per_second = 0.0
@@ -217,11 +258,12 @@ class _Unit:
         """Train what is left after a checkpoint, select, test, and write the result."""
         self._resume(saved)
         self._fit()
-        per_source = self._validate() if self.config.selection.selection == "source_validation" else {}
+        per_source = self._validate()
         test = self.test(self.trainer.method)
-        score = float(np.mean(list(per_source.values()))) if per_source else test.mAP
+        selection = self._selection(per_source, test.mAP)
+        score = selection.score
         kept = self._keep()
-        result = self._result(test, Selection(self.config.selection.selection, score, per_source), kept)
+        result = self._result(test, selection, kept)
         self.check()
         self.run.write_result(result)
         self.tracker.summarise({"test/mAP": result.mAP, "test/rank1": result.rank1, "test/mINP": result.mINP})
@@ -231,6 +273,18 @@ class _Unit:
         if test.effective_rank is not None:
             self.tracker.summarise({"feature/effective_rank": test.effective_rank})
         return result
+
+    def _selection(self, per_source: dict[str, float], tested: float) -> Selection:
+        """What every rule says whose number is known, and the one that counts."""
+        left_out = {source: result.mAP for source, result in self.left_out.items()}
+        scores = {"source_validation": _average(per_source)} if per_source else {}
+        scores |= {LEFT_OUT: _average(left_out)} if left_out else {}
+        scores |= {"proxy_domain": self.proxy(self.trainer.method).mAP} if self.proxy else {}
+        scores["oracle"] = tested
+        rule = self.config.selection.selection
+        # A training without a source counts by its test on that source: that is what it is made for.
+        counted = "oracle" if self.config.run.without else rule
+        return Selection(rule, scores[counted], per_source, scores, left_out)
 
     def _result(self, test: Evaluation, selection: Selection, kept: tuple[str, ...]) -> Result:
         config, method, content = self.config, self.trainer.method, self.task.content
@@ -254,9 +308,9 @@ class _Unit:
             cuhk03_protocol=config.data.cuhk03_protocol,
             selection=selection,
             data=self.task.content.kind,
-            content=Content(dict(content.sources), content.target),
+            content=Content(dict(content.sources), content.target, content.proxy),
             versions=dict(self.task.versions),
-            seconds=round(self._seconds(), 2),
+            seconds=round(self._seconds() + sum(result.seconds for result in self.left_out.values()), 2),
             images_per_second=round(self.images_per_second, 1),
             steps=self.trainer.step,
             trained_in=self.trained_in,
@@ -319,15 +373,24 @@ class _Unit:
         due = every and epoch % every == 0 and epoch < self.config.schedule.epochs
         return self._intermediate_score() if due else None
 
-    def _intermediate_score(self) -> float:
-        if self.config.selection.selection == "source_validation":
-            return float(np.mean(list(self._validate().values())))
-        score = self.test(self.trainer.method).mAP  # oracle looks at the target, under that name only
-        self._log({"step": self.trainer.step, "epoch": self._epoch(), "val/oracle": score})
+    def _intermediate_score(self) -> float | None:
+        """What the rule says before the end; a training without a source says nothing of this one's."""
+        per_source = self._validate()
+        rule = self.config.selection.selection
+        if rule == "source_validation":
+            return _average(per_source)
+        if rule == LEFT_OUT:
+            return None
+        evaluator = self.test if rule == "oracle" else self.proxy  # the target is looked at under that name only
+        assert evaluator is not None, "Selection refuses the rule without a proxy domain"
+        score = evaluator(self.trainer.method).mAP
+        self._log({"step": self.trainer.step, "epoch": self._epoch(), f"val/{rule}": score})
         return score
 
     def _validate(self) -> dict[str, float]:
-        """mAP on the held-out identities of every source; logged."""
+        """mAP on the held-out identities of every source; logged. Empty where none are held out."""
+        if not self.validation:
+            return {}
         evaluations = {validation.name: validation(self.trainer.method) for validation in self.validation}
         scores = {name: evaluation.mAP for name, evaluation in evaluations.items()}
         row = {"step": self.trainer.step, "epoch": self._epoch(), "val/mAP": float(np.mean(list(scores.values())))}

@@ -121,7 +121,9 @@ class StudyFolder:
 
         A hash names settings and images, not code: only what this very code trained.
         """
-        units = [config.parent for config in sorted(self.path.parent.glob(f"*/trial-*/*/{CONFIG}"))]
+        beside = self.path.parent
+        found = (path for inner in ("", "without-*/") for path in beside.glob(f"*/trial-*/*/{inner}{CONFIG}"))
+        units = [config.parent for config in sorted(found)]
         same = [unit for unit in units if not unit.is_symlink() and training_of(unit) == training]
         known = [unit for unit in same if made_by_this_code(unit)]
         own = [unit for unit in known if unit.is_relative_to(self.path)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -43,13 +44,22 @@ def network_cut(arena: Arena) -> Play:
     one = first.start()
     wait_for(training(first, 0), process=one)
     two = second.start("--join")
-    wait_for(lambda: bool(list(second.study.glob("trial-*/*/metrics.jsonl"))), process=two)
-    (cut,) = {path.parts[-3] for path in second.study.glob("trial-*/*/metrics.jsonl")}
+    wait_for(lambda: bool(_begun(second)), process=two)
+    (worker,) = second.workers()
+    os.kill(worker, signal.SIGSTOP)  # or it may end the trial before the link is down
+    cut = _begun(second)[-1]
     ip("netns", "exec", name, "ip", "link", "set", "lda1", "down")
+    os.kill(worker, signal.SIGCONT)
     again = f"{cut} will be tried again"
     wait_for(lambda: any(again in event for event in first.events()), 120, one)
     ip("netns", "exec", name, "ip", "link", "set", "lda1", "up")
     return 1, [first, second], max(one.wait(300), two.wait(300))
+
+
+def _begun(command: Command) -> list[str]:
+    """The trials of a machine of which a unit trains."""
+    units = [path.parent for path in sorted(command.study.glob("trial-*/*/metrics.jsonl"))]
+    return [unit.parent.name for unit in units if not (unit / "result.json").exists()]
 
 
 # --- a database that refuses -----------------------------------------------------------------------------------------

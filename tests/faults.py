@@ -35,7 +35,7 @@ import fault_wandb
 import optuna
 from fault_arena import FAULTS, RETRIES, Arena, Play, Skip
 from optuna.trial import TrialState
-from studies import Command
+from studies import Command, kill_all
 
 from analysis import report as report_page
 from analysis import tables
@@ -131,6 +131,7 @@ def strike(name: str, folder: Path, data_root: Path, play: Callable[[Arena], Pla
     """Run one fault in an empty folder. Raises Skip where this machine cannot."""
     began = time.monotonic()
     with ExitStack() as stack:
+        stack.callback(kill_all)  # what a row that broke off has left
         arena = Arena(folder, data_root, stack)
         with Watch(folder) as watch:
             injected, commands, code = (play or FAULTS[name])(arena)

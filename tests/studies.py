@@ -33,6 +33,11 @@ _STARTED: list[tuple[Command, subprocess.Popen[str]]] = []
 def no_leftovers() -> Iterator[None]:
     """Import it, and a test that fails leaves no study running."""
     yield
+    kill_all()
+
+
+def kill_all() -> None:
+    """End every study that was started and lives."""
     while _STARTED:
         command, process = _STARTED.pop()
         command.kill_everything(process)

@@ -22,8 +22,10 @@ import lda
 from lda import train
 from lda.checkpoint import read_checkpoint
 from lda.config import Config, preset
+from lda.data.sources import build_task
 from lda.errors import UsageError
-from lda.runs import Result, Selection, is_whole, read_metrics
+from lda.runs import Result, is_whole, read_metrics, training_of
+from lda.testing import Evaluator
 from lda.trainer import TrainingError
 from lda.unit import Progress, run_unit
 
@@ -217,7 +219,7 @@ def test_targets_with_the_same_sources_share_one_training(ilids: Path, standin_t
     alone = run_unit(config, tmp_path / "alone", data_root=standin_tiny)
     steps: list[int] = []
     options: dict[str, Any] = {"data_root": standin_tiny, "on_progress": lambda progress: steps.append(progress.step)}
-    shared = run_unit(config, tmp_path / "shared", trained=[tmp_path / "nowhere", ilids], **options)
+    shared = run_unit(config, tmp_path / "shared", trained=lambda _: [tmp_path / "nowhere", ilids], **options)
     assert steps == []
     assert (shared.trained_in, alone.trained_in) == ("/".join(ilids.parts[-3:]), "")
     assert shared.images_per_second > 0
@@ -237,7 +239,7 @@ def test_another_training_is_never_taken_over(
 ) -> None:
     config = of_protocol1("market1501" if "protocol" in change else "prid").replace(**change)
     with pytest.raises(StopError):  # it begins to train
-        run_unit(config, tmp_path / "run", data_root=standin_tiny, trained=[ilids], on_progress=stop_at(1))
+        run_unit(config, tmp_path / "run", data_root=standin_tiny, trained=lambda _: [ilids], on_progress=stop_at(1))
 
 
 def test_an_unfinished_or_damaged_training_is_not_taken_over(
@@ -252,9 +254,9 @@ def test_an_unfinished_or_damaged_training_is_not_taken_over(
     os.truncate(damaged / "checkpoint.pt", 1000)
     options: dict[str, Any] = {"data_root": standin_tiny, "on_progress": stop_at(1)}
     with pytest.raises(StopError):
-        run_unit(config, run, trained=[unfinished, damaged], **options)
+        run_unit(config, run, trained=lambda _: [unfinished, damaged], **options)
     assert "it may be truncated; its training is not taken over" in capsys.readouterr().err
-    assert run_unit(config, run, trained=[damaged, ilids], **options).trained_in
+    assert run_unit(config, run, trained=lambda _: [damaged, ilids], **options).trained_in
 
 
 def test_killed_after_its_last_step_a_unit_says_nothing_twice(
@@ -306,7 +308,11 @@ def test_source_scores_do_not_see_the_target(finished: Path, standin_tiny: Path,
     rows = read_metrics(finished / "metrics.jsonl")
     assert not any("market1501" in key or "oracle" in key for row in rows for key in row)
     result = run_unit(quick(selection="oracle"), tmp_path, data_root=standin_tiny)
-    assert result.selection == Selection("oracle", result.mAP, {})
+    assert (result.selection.rule, result.selection.score) == ("oracle", result.mAP)
+    assert result.selection.scores == {
+        "oracle": result.mAP,
+        "source_validation": result.selection.scores["source_validation"],
+    }
     assert any("val/oracle" in row for row in read_metrics(tmp_path / "metrics.jsonl"))
 
 
@@ -362,3 +368,97 @@ def test_memory_that_runs_out_is_one_line(
     assert error.startswith("failed: out of memory on cpu: fewer or smaller images in a batch")
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert config["image_height"] == preset("standin").to_dict()["image_height"]  # the preset is that of its images
+
+
+# --- selection rules -------------------------------------------------------------------------------------------------
+
+
+def test_every_unit_records_what_every_affordable_rule_says(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
+    result = run_unit(quick(proxy_domain="viper"), tmp_path, data_root=standin_tiny)
+    selection, plain = result.selection, Result.read(finished)
+    assert list(selection.scores) == ["source_validation", "proxy_domain", "oracle"]
+    assert selection.score == selection.scores["source_validation"] == plain.selection.score
+    assert selection.scores["oracle"] == result.mAP == plain.mAP  # the proxy domain changes nothing that is learnt
+    assert result.unit != plain.unit
+    assert result.training == plain.training
+    config = quick(selection="proxy_domain", proxy_domain="viper")
+    chosen = run_unit(config, tmp_path / "chosen", data_root=standin_tiny)
+    assert chosen.selection.score == selection.scores["proxy_domain"]
+    rows = read_metrics(tmp_path / "chosen" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "val/proxy_domain" in row] == [4, 8]
+    assert not any("oracle" in key for row in rows for key in row)
+    # The same network, tested by hand on VIPeR as on any target.
+    task = build_task("protocol1", "viper", standin_tiny)
+    method = lda.load(tmp_path / "chosen" / "checkpoint.pt")
+    found = Evaluator(task.test_splits, config, torch.device("cpu"))(method)
+    assert found.mAP == pytest.approx(chosen.selection.score, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"proxy_domain": "msmt17"}, "proxy_domain: 'msmt17' is a source or the target of Protocol-3"),
+        ({"proxy_domain": "market1501"}, "proxy_domain: 'market1501' is a source or the target of Protocol-3"),
+        ({"proxy_domain": "vipr"}, "did you mean 'viper'"),
+        ({"held_out": "market1501"}, "held_out: unknown source of Protocol-3 for market1501 'market1501'"),
+        ({"held_out": "cuhk03", "protocol": "in_domain", "target": "cuhk03"}, "is the only source"),
+    ],
+)
+def test_domains_that_cannot_be_tested_or_left_out(
+    changes: dict[str, str], line: str, standin_tiny: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=line):
+        run_unit(quick(**changes), tmp_path, data_root=standin_tiny)
+    with pytest.raises(UsageError, match="proxy_domain: the rule of this name needs a data set"):
+        quick(selection="proxy_domain")
+
+
+def test_leave_one_source_out_trains_without_each_source_and_shares(standin_tiny: Path, tmp_path: Path) -> None:
+    """The mean over sources of the mAP of a network that never saw it; two targets share their trainings."""
+
+    def units(training: str) -> list[Path]:
+        folders = [path.parent for path in sorted(tmp_path.glob("*/without-*/config.json"))]
+        return [folder for folder in folders if training_of(folder) == training]
+
+    config = quick(selection="leave_one_source_out", evaluate_every=0, epochs=1)
+    result = run_unit(config, tmp_path / "market1501", data_root=standin_tiny, trained=units)
+    left_out = result.selection.left_out
+    assert list(left_out) == ["msmt17", "cuhk_sysu", "cuhk03"]
+    assert result.selection.score == pytest.approx(sum(left_out.values()) / 3)
+    assert result.selection.scores["leave_one_source_out"] == result.selection.score
+    assert {"source_validation", "oracle"} < set(result.selection.scores)
+    task = build_task("protocol3", "market1501", standin_tiny, validation_fraction=0.1, held_out="cuhk03")
+    assert [source.name for source in task.sources] == ["msmt17", "cuhk_sysu"]
+    method = lda.load(tmp_path / "market1501" / "without-cuhk03" / "checkpoint.pt")
+    found = Evaluator(task.test_splits, config, torch.device("cpu"))(method)
+    assert found.mAP == pytest.approx(left_out["cuhk03"], abs=1e-6)
+    assert found.rankings[0].num_valid_queries > 0
+
+    other = run_unit(config.replace(target="cuhk03"), tmp_path / "cuhk03", data_root=standin_tiny, trained=units)
+    shared = {path.parent.name: Result.read(path.parent).trained_in for path in tmp_path.glob("cuhk03/*/result.json")}
+    assert shared["without-market1501"].endswith("market1501/without-cuhk03")  # both on MSMT17 and CUHK-SYSU
+    assert [bool(shared[f"without-{name}"]) for name in ("msmt17", "cuhk_sysu")] == [False, False]
+    assert other.trained_in == ""
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    assert run_unit(config, tmp_path / "market1501", data_root=standin_tiny, trained=units) == result
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == before
+
+
+def test_interrupted_between_its_trainings_it_goes_on(standin_tiny: Path, tmp_path: Path) -> None:
+    config = quick(selection="leave_one_source_out", evaluate_every=0, epochs=1)
+    whole = run_unit(config, tmp_path / "whole", data_root=standin_tiny)
+    steps = 0
+
+    def stop(progress: Progress) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 6:  # in the second of the three
+            raise StopError
+
+    folder = tmp_path / "stopped"
+    with pytest.raises(StopError):
+        run_unit(config, folder, data_root=standin_tiny, on_progress=stop)
+    first = (folder / "without-msmt17" / "result.json").stat().st_mtime_ns
+    result = run_unit(config, folder, data_root=standin_tiny)
+    assert (folder / "without-msmt17" / "result.json").stat().st_mtime_ns == first
+    assert result.selection == whole.selection

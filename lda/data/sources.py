@@ -20,7 +20,7 @@ from lda.data import DEFAULTS, load_dataset
 from lda.data.catalogue import Role, facts, title
 from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset
-from lda.errors import UsageError
+from lda.errors import UsageError, unknown
 from lda.protocols import Protocol, SourcePart, get_protocol
 from lda.settings import Setting, settings_of
 
@@ -75,11 +75,13 @@ class Content:
         sources: source domain -> content hash of its data set, in the protocol's order.
         target: content hash of the target's query and gallery.
         standin: True if any of them is generated.
+        proxy: content hash of the proxy domain's query and gallery; "" where there is none.
     """
 
     sources: Mapping[str, str]
     target: str
     standin: bool
+    proxy: str = ""
 
     @property
     def kind(self) -> Literal["stand-in", "real"]:
@@ -125,6 +127,7 @@ class Task:
         test_splits: every query and gallery of the target; one where it has an official one.
         content: hashes of what was read, and whether it is the stand-in.
         versions: data set -> release or crops used.
+        proxy_splits: every query and gallery of the proxy domain; empty where there is none.
     """
 
     protocol: str
@@ -134,6 +137,7 @@ class Task:
     test_splits: tuple[EvaluationSet, ...]
     content: Content
     versions: Mapping[str, str]
+    proxy_splits: tuple[EvaluationSet, ...] = ()
 
 
 def build_task(
@@ -143,6 +147,8 @@ def build_task(
     options: DataOptions = DEFAULTS,
     *,
     validation_fraction: float = 0.0,
+    held_out: str = "",
+    proxy: str = "",
 ) -> Task:
     """Read the data sets of one row of a protocol and divide them.
 
@@ -155,6 +161,8 @@ def build_task(
         data_root: folder that holds the data sets.
         options: which releases are read.
         validation_fraction: share of each source's identities held out of training, at least 2 where it is above 0.
+        held_out: a source that does not train, and is tested in the place of the target, which is not read.
+        proxy: a data set to be tested beside the target, neither source nor target.
 
     Raises:
         UsageError: for unknown names, and for everything that is missing or wrong in any of the data sets, at once.
@@ -163,27 +171,52 @@ def build_task(
     names = rules.sources(target)
     if target in names:
         _check_division(target, options, rules)
-    datasets = _load(names, target, data_root, options, rules.source_part)
+    if proxy in (*names, target):
+        raise UsageError(f"proxy_domain: {proxy!r} is a source or the target of {rules.title}; choose another data set")
+    tested = _tested(held_out, names, target, rules)
+    names = tuple(name for name in names if name != held_out)
+    datasets = _load(names, (tested, *filter(None, [proxy])), data_root, options, rules.source_part)
     sources, validation = [], []
     for name in names:
         identities = _identities(datasets[name], rules.source_part)
         if validation_fraction > 0:
-            held_out = _held_out(name, identities, validation_fraction)
-            validation.append(_validation_set(name, [identities.pop(identity) for identity in held_out]))
+            apart = _held_out(name, identities, validation_fraction)
+            validation.append(_validation_set(name, [identities.pop(identity) for identity in apart]))
         sources.append(_source(name, identities))
     return Task(
         protocol=protocol,
         target=target,
         sources=tuple(sources),
         validation=tuple(validation),
-        test_splits=_test_splits(datasets[target]),
+        test_splits=_unseen_splits(datasets[tested], rules.source_part) if held_out else _test_splits(datasets[target]),
         content=Content(
             sources={name: datasets[name].data_hash for name in names},
-            target=datasets[target].test_hash,
+            target=datasets[tested].data_hash if held_out else datasets[target].test_hash,
             standin=any(dataset.standin for dataset in datasets.values()),
+            proxy=datasets[proxy].test_hash if proxy else "",
         ),
         versions={name: dataset.version for name, dataset in datasets.items()},
+        proxy_splits=_test_splits(datasets[proxy]) if proxy else (),
     )
+
+
+def _tested(held_out: str, names: Sequence[str], target: str, rules: Protocol) -> str:
+    """What is tested. Raises UsageError for a domain that cannot be held out."""
+    if not held_out:
+        return target
+    if held_out not in names:
+        raise UsageError(f"held_out: {unknown(f'source of {rules.title} for {target}', held_out, names)}")
+    if len(names) < 2:
+        raise UsageError(f"held_out: {held_out} is the only source of {rules.title} for {target}: nothing is left")
+    return held_out
+
+
+def _unseen_splits(dataset: ReidDataset, part: SourcePart) -> tuple[EvaluationSet, ...]:
+    """A source as an unseen domain: its one official query and gallery, else all its persons as in source validation.
+    Splits drawn of the same persons say the same thing several times."""
+    if len(dataset.test_splits) == 1:
+        return _test_splits(dataset)
+    return (_validation_set(dataset.name, list(_identities(dataset, part).values())),)
 
 
 def evaluation_splits(target: str, data_root: Path, options: DataOptions = DEFAULTS) -> Target:
@@ -200,15 +233,15 @@ def _check_division(target: str, options: DataOptions, rules: Protocol) -> None:
 
 
 def _load(
-    names: Sequence[str], target: str, data_root: Path, options: DataOptions, part: SourcePart
+    names: Sequence[str], tested: Sequence[str], data_root: Path, options: DataOptions, part: SourcePart
 ) -> dict[str, ReidDataset]:
-    """Sources and target, each once. Raises one UsageError with all that is wrong."""
+    """Sources and what is tested, each once. Raises one UsageError with all that is wrong."""
     if not Path(data_root).is_dir():
         raise UsageError(f"data root {data_root} does not exist or is not a folder")
     datasets, wrong = {}, []
-    for name in dict.fromkeys((*names, target)):
+    for name in dict.fromkeys((*names, *tested)):
         changes = _values(name, "extent", lambda setting: setting.choices[-1]) if part == "all" else {}
-        if name != target:
+        if name not in tested:
             changes |= _values(name, "division", lambda setting: setting.default)
         try:
             datasets[name] = load_dataset(name, data_root, options, **changes)

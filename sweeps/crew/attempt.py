@@ -74,7 +74,7 @@ class Attempt:
 
     def _unit(self, target: str, config: Config) -> str:
         content = self.assignment.contents[target]
-        return config.unit_hash(content["sources"], content["target"])
+        return config.unit_hash(content["sources"], content["target"], content.get("proxy", ""))
 
     def _recorded(self, target: str, config: Config) -> dict[str, Any] | None:
         """What an earlier attempt, maybe on another machine, left of this unit in the storage.
@@ -131,7 +131,6 @@ class Attempt:
 
         Raises MachineError where the disk goes on refusing: another worker may have a better one.
         """
-        training = config.training_hash(self.assignment.contents[target]["sources"])
         told, end = False, time.monotonic() + _WAITING_SECONDS
         while True:
             try:
@@ -142,7 +141,7 @@ class Attempt:
                     labels=self._labels(target),
                     on_progress=on_progress,
                     check=self.post.check,
-                    trained=self.post.folder.trained(training),
+                    trained=self.post.folder.trained,
                 )
             except FolderInUseError as error:  # of a worker that is frozen, or asleep on another machine
                 reason = str(error)

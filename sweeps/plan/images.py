@@ -18,7 +18,7 @@ class Data:
     Attributes:
         root: their folder.
         contents: target -> what its units read, in plain JSON types: {"sources": {source: content hash}, "target":
-            content hash}; see `lda.data.sources.Content`.
+            content hash, "proxy": that of a proxy domain, if any}; see `lda.data.sources.Content`.
         kind: how results are labelled, "stand-in" or "real".
     """
 
@@ -37,8 +37,10 @@ def prepare_data(spec: StudySpec, data_root: Path | None) -> Data:
     kinds = set()
     for target in spec.targets:
         config = spec.config(target, spec.seed, {})
-        fraction = config.selection.validation_fraction
-        content = build_task(spec.protocol, target, root, config.data, validation_fraction=fraction).content
+        fraction, proxy = config.selection.validation_fraction, config.selection.proxy
+        task = build_task(spec.protocol, target, root, config.data, validation_fraction=fraction, proxy=proxy)
+        content = task.content
         contents[target] = {"sources": dict(content.sources), "target": content.target}
+        contents[target] |= {"proxy": content.proxy} if proxy else {}
         kinds.add(content.kind)
     return Data(root, contents, "stand-in" if "stand-in" in kinds else "real")

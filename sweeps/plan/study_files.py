@@ -17,6 +17,7 @@ from lda import methods
 from lda.arguments import checked, existing_file, shown
 from lda.config import COMMON, METHOD, check_keys, known_settings, preset
 from lda.errors import UsageError, unknown
+from lda.groups import LEFT_OUT
 from lda.protocols import get_protocol
 from lda.settings import explained, settings_of
 from sweeps.plan.space import Axis, checked_axis, checked_point, grid
@@ -217,12 +218,16 @@ def _refuse_study_keys(settings: Mapping[str, Any], where: str) -> None:
         if key in ("protocol", "target", "seed"):
             instead = {"protocol": "--study", "target": "targets of the study file", "seed": "--seed"}[key]
             raise UsageError(f"{where}{key}: is set for the whole study, use {instead}")
+        if key == "held_out":
+            raise UsageError(f"{where}held_out: a study holds sources out itself, set selection={LEFT_OUT}")
 
 
 def _checked(spec: StudySpec) -> StudySpec:
     if spec.grace_seconds < 3 * spec.heartbeat_seconds:
         raise UsageError(f"grace_seconds: {spec.grace_seconds} is below three heartbeats of {spec.heartbeat_seconds} s")
     spec = _typed(spec)
+    if spec.selection == LEFT_OUT and spec.search.pruning.rule != "none":
+        raise UsageError(f"search.pruning: {LEFT_OUT} has no score before a unit ends; set rule: none")
     if spec.compare:
         return _checked_comparison(spec)
     space = {}
