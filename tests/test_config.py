@@ -40,6 +40,7 @@ DEFAULTS = {
     "flip_test": False, "test_split": -1, "average_precision": "step",
     "device": "auto", "threads": 0, "activation_checkpointing": False, "loader_workers": 0, "evaluation_batch": 256,
     "evaluate_every": 10, "checkpoint_every": 1, "log_every": 50, "wandb": "auto",
+    "held_out": "none", "proxy_domain": "none",
 }  # fmt: skip
 LDA_DEFAULTS = {
     "label_smoothing": 0.1, "triplet_margin": 0.3, "triplet_weight": 1.0,

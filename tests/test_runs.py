@@ -145,7 +145,7 @@ def test_what_is_written_is_read(tmp_path: Path, protocol: str) -> None:
     assert content["format"] == 2
     over_splits = {"mAP_std", "rank1_std", "splits"}
     assert set(content) - {"format"} == FIELDS - {"kept"} - (set() if protocol == "protocol1" else over_splits)
-    assert content["selection"].keys() == {"rule", "score", "per_source"}
+    assert content["selection"].keys() == {"rule", "score", "per_source", "scores", "left_out"}
 
 
 FIELDS = {field.name for field in dataclasses.fields(Result)}
@@ -177,8 +177,8 @@ def test_an_entry_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
         ({"splits": [{"mAP": 0.3}]}, "splits.0.rank1 is missing"),
         ({"rank_1": 0.3}, "rank_1: unknown key 'rank_1' (did you mean 'rank1'?); "),
         (
-            {"selection": {"rule": "oracle", "score": 0.5, "per_source": {}, "scores": 1}},
-            "selection.scores: unknown key 'scores' (did you mean 'score'?); expected one of: rule, score, per_source",
+            {"selection": {"rule": "oracle", "score": 0.5, "per_source": {}, "rules": 1}},
+            "selection.rules: unknown key 'rules' (did you mean 'rule'?); expected one of: rule, score, per_source",
         ),
         ({"format": 1}, " was written by an older version (format 1); run it again, or use the version that wrote it"),
         ({"format": 3}, "expected format 2, got 3; a newer version wrote it, update this one"),
