@@ -5,7 +5,8 @@ The groups are declared where they belong: `lda/groups.py`, `lda/data/options.py
 
 `training_hash` names what is learnt: sources and their images, seed, method, network, batches, schedule. `unit_hash`
 names a result: that, the target and its images, selection and test settings. A method enters with the common settings
-and its own, so that another method, or a new setting of it, renames nobody's runs.
+and its own, so that another method, or a new setting of it, renames nobody's runs. A file of weights enters with the
+SHA-256 of its bytes, wherever it lies.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from lda import arguments, methods
 from lda.data.options import BatchSettings, DataOptions
 from lda.errors import UsageError, unknown
+from lda.files import sha256_of
 from lda.groups import NO_FILES, Chosen, Machine, Network, Run, Schedule, Selection, Setup, Test
 from lda.protocols import get_protocol
 from lda.settings import Setting, Settings, checked, settings_of
@@ -108,9 +111,14 @@ class Config:
         )
 
     def training_hash(self, sources: Mapping[str, str]) -> str:
-        """12 hex digits that name what is learnt. `sources`: source -> content hash of its images, in order."""
+        """12 hex digits that name what is learnt. `sources`: source -> content hash of its images, in order.
+
+        Raises UsageError where the file of `pretrained` cannot be read.
+        """
         names = ("data", "network", "batches", "schedule")
         parts = {name: _hashed(getattr(self, name), test=False) for name in names}
+        if (weights := _weights_file(self)) is not None:
+            parts["network"]["pretrained"] = sha256_of(weights)
         return _digest(
             {
                 "sources": list(sources.items()),
@@ -182,8 +190,13 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
 
 def check_files(config: Config) -> None:
     """Raises UsageError where a file that a setting names cannot be read."""
-    if config.network.pretrained not in NO_FILES:
-        arguments.checked("pretrained", arguments.existing_file, config.network.pretrained)
+    _weights_file(config)
+
+
+def _weights_file(config: Config) -> Path | None:
+    if config.network.pretrained in NO_FILES:
+        return None
+    return arguments.checked("pretrained", arguments.existing_file, config.network.pretrained)
 
 
 def _own(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:

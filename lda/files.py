@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -235,6 +236,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DamagedError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hex digits. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damage_of_zip(path: Path) -> str:

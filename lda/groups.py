@@ -43,7 +43,7 @@ NO_FILES = ("imagenet", "none")
 class Network(Settings):
     """The feature extractor."""
 
-    backbone: Literal["resnet50", "resnet18", "small"] = setting(
+    backbone: Literal["resnet50", "resnet18", "mobilenet_v2", "small"] = setting(
         "resnet50", "feature extractor", "ReNorm, META", standin="small"
     )
     pretrained: str = setting(

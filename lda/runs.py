@@ -118,6 +118,22 @@ class Content:
 
 @_own_keys_only
 @dataclass(frozen=True)
+class Weights:
+    """The file of weights that a network began with.
+
+    Attributes:
+        sha256: of its bytes.
+        matched: tensors of the network that it filled.
+        needed: tensors that the network has, its classifier apart.
+    """
+
+    sha256: str
+    matched: int
+    needed: int
+
+
+@_own_keys_only
+@dataclass(frozen=True)
 class Split:
     """The metrics of one test split; see `Result`."""
 
@@ -167,6 +183,7 @@ class Result:
         cost: what an image costs.
         parameters: numbers that the whole method learns or keeps fixed, heads included.
         kept: names of the files that the method kept beside this one; see `UnitFolder.kept`.
+        weights: the file that the network began with; absent where it began at random.
         effective_rank: of the queries' features; None where images are not compared by a vector.
     """
 
@@ -207,6 +224,7 @@ class Result:
     parameters: int
     effective_rank: float | None
     kept: tuple[str, ...] = ()
+    weights: Weights | None = None
 
     def write(self, folder: Path) -> None:
         """Write result.json, which finishes the unit in `folder`. Raises ValueError for nan or infinity."""

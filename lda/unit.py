@@ -19,7 +19,9 @@ from lda.data.standin.tree import ensure_standin
 from lda.device import choose_device, memory_errors
 from lda.errors import DamagedError, UsageError, warn
 from lda.groups import LEFT_OUT
-from lda.runs import METRICS, Content, Cost, Result, RunFolder, Selection, Split, UnitFolder
+from lda.methods.base import Method
+from lda.parts.backbones import Backbone
+from lda.runs import METRICS, Content, Cost, Result, RunFolder, Selection, Split, UnitFolder, Weights
 from lda.testing import Evaluation, Evaluator, check_target, chosen_splits, metrics
 from lda.tracking import RunLabels, Tracker
 from lda.trainer import Trainer
@@ -228,6 +230,12 @@ def _metrics(test: Evaluation) -> dict[str, Any]:
     return {**found, "splits": tuple(Split(**split) for split in found.get("splits", ()))}
 
 
+def _weights(method: Method) -> Weights | None:
+    """The file that the method's network began with."""
+    loaded = [module.weights for module in method.modules() if isinstance(module, Backbone)]
+    return next((Weights(**vars(file)) for file in loaded if file is not None), None)
+
+
 class _Unit:
     """One pass from wherever the folder stands to result.json."""
 
@@ -318,6 +326,7 @@ class _Unit:
             parameters=sum(parameter.numel() for parameter in method.parameters()),
             effective_rank=test.effective_rank,
             kept=kept,
+            weights=_weights(method),
         )
 
     def _resume(self, saved: Checkpoint | None) -> None:

@@ -252,6 +252,11 @@ def test_router_and_gates_are_exact_inside_autocast() -> None:
         assert gate(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_a_network_of_other_blocks_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"backbone: .*; set backbone to one of: resnet50, resnet18, small"):
+        acl(backbone="mobilenet_v2")
+
+
 def test_blocks_are_replaced_where_the_stage_keeps_another_bottleneck_and_follow_it_otherwise() -> None:
     blocks = {}
     for name in ("small", "resnet18", "resnet50"):

@@ -216,6 +216,25 @@ def test_training_hash_follows_what_is_learnt_and_unit_hash_what_is_measured() -
     assert hashes(config, target="other")[1] != unit
 
 
+def test_a_weights_file_counts_by_its_bytes_wherever_it_lies(tmp_path: Path) -> None:
+    def hashes(path: Path) -> tuple[str, str]:
+        config = preset("standin", backbone="mobilenet_v2", pretrained=str(path))
+        return config.training_hash(SOURCES), config.unit_hash(SOURCES, "d")
+
+    first, second = tmp_path / "first.pt", tmp_path / "second.pt"
+    for path in (first, second):
+        path.write_bytes(b"weights")
+    before = hashes(first)
+    assert hashes(second) == before
+    first.write_bytes(b"others")
+    changed = hashes(first)
+    assert changed[0] != before[0]
+    assert changed[1] != before[1]
+    first.unlink()
+    with pytest.raises(UsageError, match=r"pretrained: .*first\.pt: there is no such file"):
+        hashes(first)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("method", methods.names())
 def test_presets_are_valid_for_every_method(name: str, method: str) -> None:

@@ -12,6 +12,7 @@ from lda.errors import UsageError
 from lda.parts.backbones import Backbone, build_backbone
 from lda.parts.instance_sites import (
     InstanceSite,
+    NormalisedInvertedBlock,
     NormalisedSumBlock,
     SplitNorm2d,
     as_instance_site,
@@ -145,6 +146,34 @@ def test_sums_are_normalised_in_the_last_block_of_a_stage(name: str, stages: lis
     found = [name for name, module in backbone.named_modules() if isinstance(module, NormalisedSumBlock)]
     assert found == [f"layer{stage}.1" for stage in stages]
     assert isinstance(backbone.get_submodule("bn1"), InstanceSite if name == "ibn_b" else nn.BatchNorm2d)
+
+
+def test_sites_of_mobilenet() -> None:
+    """IBN-a at the first norm of every block; sums of the last blocks, which have a shortcut in stages 1 to 3."""
+    backbone = build_backbone("mobilenet_v2")
+    use_ibn_a(backbone)
+    found = [name for name, module in backbone.named_modules() if isinstance(module, SplitNorm2d)]
+    assert found == [f"layer{s}.{n}.conv.0.1" for s, number in ((1, 3), (2, 3), (3, 7)) for n in range(number)]
+    for name, stages in {"ibn_b": {1: 2, 2: 2}, "dualnorm": {1: 2, 2: 2, 3: 6}}.items():
+        backbone = build_backbone("mobilenet_v2")
+        PLACEMENTS[name](backbone)
+        sums = [name for name, module in backbone.named_modules() if isinstance(module, NormalisedInvertedBlock)]
+        assert sums == [f"layer{stage}.{last}" for stage, last in stages.items()]
+        assert isinstance(backbone.get_submodule("bn1"), InstanceSite if name == "ibn_b" else nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("block", [0, -1])
+def test_inverted_block_with_normalised_sum_is_torchvisions_with_one_layer_more(block: int) -> None:
+    """IN of what the plain block gives, with its shortcut or without; no ReLU."""
+    torch.manual_seed(0)
+    plain = build_backbone("mobilenet_v2").get_submodule("layer2")[block]
+    ours = NormalisedInvertedBlock(copy.deepcopy(plain), 32)
+    nn.init.uniform_(ours.sum_norm.weight, 0.5, 1.5)
+    nn.init.normal_(ours.sum_norm.bias)
+    x = torch.randn(3, 24 if block == 0 else 32, 8, 6)
+    expected = slow_instance_norm(plain(x), ours.sum_norm.weight, ours.sum_norm.bias)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-3, atol=1e-4)
+    assert ours(x).min() < 0
 
 
 def test_ibn_a_begins_as_slices_of_the_plain_norms() -> None:

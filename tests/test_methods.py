@@ -217,6 +217,15 @@ class TestEveryMethod:
         for scalars in run(trainer, 3):
             assert all(math.isfinite(value) for value in scalars.values())
 
+    def test_two_steps_on_mobilenet_or_a_clear_refusal(self, name: str, task: Task) -> None:
+        trainer = refused_or(lambda: trainer_of(name, task, backbone="mobilenet_v2"), "; set backbone to one of: ")
+        if trainer is None:
+            return
+        for scalars in run(trainer, 2):
+            assert all(math.isfinite(value) for value in scalars.values())
+        with torch.no_grad():
+            assert trainer.method.eval()(torch.zeros(2, 3, 32, 16)).isfinite().all()
+
     def test_declared_cost_is_what_is_counted(self, name: str, trained: dict[str, Trainer], plain: _Plain) -> None:
         """A training pass is three forward passes: the plain network's stem has no gradient of images to compute, and
         that is too small to be seen here."""

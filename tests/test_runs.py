@@ -32,6 +32,7 @@ from lda.runs import (
     Result,
     RunFolder,
     UnitFolder,
+    Weights,
     environment,
     finished,
     is_unit,
@@ -143,9 +144,22 @@ def test_what_is_written_is_read(tmp_path: Path, protocol: str) -> None:
     assert Result.read(tmp_path) == result
     content = json.loads((tmp_path / "result.json").read_text())
     assert content["format"] == 2
-    over_splits = {"mAP_std", "rank1_std", "splits"}
-    assert set(content) - {"format"} == FIELDS - {"kept"} - (set() if protocol == "protocol1" else over_splits)
+    absent = {"kept", "weights"} | (set() if protocol == "protocol1" else {"mAP_std", "rank1_std", "splits"})
+    assert set(content) - {"format"} == FIELDS - absent
     assert content["selection"].keys() == {"rule", "score", "per_source", "scores", "left_out"}
+
+
+def test_weights_are_recorded_and_older_records_have_none(tmp_path: Path) -> None:
+    a_result(weights=Weights("ab" * 32, 312, 312)).write(tmp_path)
+    assert Result.read(tmp_path).weights == Weights("ab" * 32, 312, 312)
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert content["weights"] == {"sha256": "ab" * 32, "matched": 312, "needed": 312}
+    write_json(tmp_path / "result.json", {**content, "weights": {"sha256": "ab" * 32}})
+    with pytest.raises(UsageError, match=r"result\.json: weights\.matched is missing$"):
+        Result.read(tmp_path)
+    del content["weights"]
+    write_json(tmp_path / "result.json", content)
+    assert Result.read(tmp_path).weights is None
 
 
 FIELDS = {field.name for field in dataclasses.fields(Result)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from lda.checkpoint import read_checkpoint
 from lda.config import Config, preset
 from lda.data.sources import build_task
 from lda.errors import UsageError
-from lda.runs import Result, is_whole, read_metrics, training_of
+from lda.runs import Result, Weights, is_whole, read_metrics, training_of
 from lda.testing import Evaluator
 from lda.trainer import TrainingError
 from lda.unit import Progress, run_unit
@@ -102,6 +103,25 @@ def test_unit_leaves_its_files(finished: Path) -> None:
     assert [row["step"] for row in losses] == list(range(1, 13))
     assert "loss/alignment" in losses[-1]
     assert [row["step"] for row in rows if "val/mAP" in row] == [4, 8, 12]
+
+
+def test_a_result_says_what_its_network_began_with(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
+    """The file's bytes and how much of the network they filled; a copy elsewhere is the same unit, other bytes not."""
+    from torchvision.models import mobilenet_v2
+
+    files = [tmp_path / "weights.pt", tmp_path / "elsewhere.pt"]
+    torch.save(mobilenet_v2().state_dict(), files[0])
+    shutil.copyfile(files[0], files[1])
+    settings = {"method": "baseline", "epochs": 1, "milestones": (), "backbone": "mobilenet_v2", "evaluate_every": 0}
+    configs = [quick(**settings, pretrained=str(file)) for file in files]
+    result = run_unit(configs[0], tmp_path / "unit", data_root=standin_tiny)
+    assert result == Result.read(tmp_path / "unit")
+    assert result.weights == Weights(hashlib.sha256(files[0].read_bytes()).hexdigest(), 312, 312)
+    assert run_unit(configs[1], tmp_path / "unit", data_root=standin_tiny, on_progress=stop_at(1)) == result
+    torch.save(mobilenet_v2().state_dict(), files[1])
+    with pytest.raises(UsageError, match="holds another run"):
+        run_unit(configs[1], tmp_path / "unit", data_root=standin_tiny)
+    assert Result.read(finished).weights is None
 
 
 def test_bank_file_is_the_trained_bank(finished: Path) -> None:

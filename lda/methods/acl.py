@@ -29,6 +29,7 @@ that a loss asks for adds 0. Every term is of the whole batch.
 
 Costs of ResNet-50: 1.15 forward passes in a test; 1.53 training passes with a meta step in every third, 1.48 where it
 moves the routers only. Basic-block networks are given a block more a stage: 2.1 and 2.8 for ResNet-18.
+MobileNetV2 is refused: it has neither kind of block.
 
 Confidence 90 %, from the release (peterzpy/ACL-DGReID d84c75d: meta_arch/baseline.py, losses/, engine/train_loop.py).
 Paper and release. We could not open the paper, so its intention is our inference. Centres are meant to be vectors

@@ -12,7 +12,8 @@ confidence 98 %.
 
 Where we depart, for a fair comparison: losses (theirs is CE alone), pooling, sampling and schedule are those of all
 methods here; the release trains by SGD 0.01 for 150 epochs, unsampled batches of 64, and adds the mirrored image's
-feature at test. ImageNet's weights are kept, (I) begins as gamma = 1, beta = 0.
+feature at test. ImageNet's weights are kept, (I) begins as gamma = 1, beta = 0. On MobileNetV2, by
+our reading, (I) is of the same sums, without the ReLU, which that network has not.
 """
 
 from __future__ import annotations

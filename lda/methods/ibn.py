@@ -16,6 +16,7 @@ Where we depart, on purpose: `pretrained=imagenet` converts plain weights, so th
 its BN and no longer sees the statistics they were learnt with: expect a slow start. The release's own ImageNet weights
 are another pretraining (22.5 against 24.3 % top-1 error) and are not read here; results from the two do not compare.
 An odd number of channels keeps them all: the release's split by a fixed size drops one.
+On MobileNetV2, by our reading, IBN-a is at the first norm of every block too, and no ReLU follows IBN-b's sums.
 """
 
 from __future__ import annotations

@@ -39,6 +39,8 @@ Where we depart: the triplet loss is the harness's, with a margin (there: soft).
 with r = 16 narrow stages would get 1 or 3, which die. Stage 4: F+ goes on through the harness's GeM, which cuts at
 1e-6; F+ has negative entries, so it is rectified there, where the other code averages it as it is.
 
+MobileNetV2 has no ReLU behind stages 1 to 3: there F is the sum as it is.
+
 Shapes: B images of a mixed batch, C channels of a stage.
 """
 

@@ -19,13 +19,19 @@ from torch.utils.checkpoint import checkpoint
 from lda.errors import UsageError
 from lda.groups import Setup
 from lda.parts.routes import statistics_held
+from lda.parts.weights import LoadedWeights, flat_names, load_weights
 
 if TYPE_CHECKING:
-    from torchvision.models.resnet import ResNet
+    from torchvision.models import MobileNetV2, ResNet, WeightsEnum
 
 # torchvision takes as long to import as torch does: only what builds a network waits for it, no command line.
 
 _SMALL_WIDTHS = (24, 48, 96, 192)
+_MOBILENET_STAGES = (1, 4, 7, 14, 19)  # of `features`: where the stages begin, and the end
+_MOBILENET_LAST_STRIDE = 14  # of `features`: the last block with stride 2
+
+RESIDUAL = ("resnet50", "resnet18", "small")
+"""The backbones that are made of torchvision's basic blocks or bottlenecks."""
 
 
 class Backbone(nn.Module):
@@ -35,7 +41,10 @@ class Backbone(nn.Module):
         channels: C of the map.
         replay: called in the forward pass, gives what a recomputation in the backward pass has to happen in. Layers
             that know several ways need theirs again (`Switch.remembered`); plain layers need nothing.
+        weights: the file that it began with; None for random weights.
     """
+
+    weights: LoadedWeights | None = None
 
     def __init__(self, parts: Sequence[tuple[str, nn.Module]], channels: int, recompute: bool = False) -> None:
         super().__init__()
@@ -53,7 +62,7 @@ class Backbone(nn.Module):
 
     def stage_channels(self, stage: str) -> int:
         """Channels of a stage's output."""
-        norms = [m for m in self.get_submodule(stage)[-1].children() if isinstance(m, nn.BatchNorm2d)]  # type: ignore[index]
+        norms = [m for m in self.get_submodule(stage)[-1].modules() if isinstance(m, nn.BatchNorm2d)]  # type: ignore[index]
         return norms[-1].num_features
 
     @property
@@ -166,7 +175,8 @@ def backbone_of(setup: Setup) -> Backbone:
 
 
 def build_backbone(name: str, pretrained: str = "none", recompute: bool = False) -> Backbone:
-    """`resnet50`, `resnet18` (torchvision's, last stride 1) or `small` (four basic blocks for CPUs, stride 8).
+    """`resnet50`, `resnet18`, `mobilenet_v2` (torchvision's, last stride 1) or `small` (four basic blocks for CPUs,
+    stride 8).
 
     Args:
         pretrained: "none", "imagenet" (torchvision's IMAGENET1K_V1, downloaded or from its cache), or a file with a
@@ -179,47 +189,60 @@ def build_backbone(name: str, pretrained: str = "none", recompute: bool = False)
         if pretrained != "none":
             raise UsageError(f"pretrained: the small backbone has no pretrained weights, got {pretrained!r}; use none")
         return Backbone(_small_parts(), _SMALL_WIDTHS[-1], recompute)
-    from torchvision.models import ResNet18_Weights, ResNet50_Weights, resnet18, resnet50
-    from torchvision.models.resnet import BasicBlock
+    from torchvision import models
 
     make, weights = {
-        "resnet50": (resnet50, ResNet50_Weights.IMAGENET1K_V1),
-        "resnet18": (resnet18, ResNet18_Weights.IMAGENET1K_V1),
+        "resnet50": (models.resnet50, models.ResNet50_Weights.IMAGENET1K_V1),
+        "resnet18": (models.resnet18, models.ResNet18_Weights.IMAGENET1K_V1),
+        "mobilenet_v2": (models.mobilenet_v2, models.MobileNet_V2_Weights.IMAGENET1K_V1),
     }[name]
-    try:
-        network = make(weights=weights if pretrained == "imagenet" else None)
-    except OSError as error:  # no network, and not in torchvision's cache
-        raise UsageError(
-            f"pretrained: {weights} could not be downloaded ({error}); download it elsewhere and set "
-            "pretrained=FILE, or set pretrained=none"
-        ) from error
-    if pretrained not in ("none", "imagenet"):
-        _load_weights(network, Path(pretrained).expanduser())
-    channels = network.fc.in_features
+    network, mobile = make(), name == "mobilenet_v2"
+    loaded = None
+    if pretrained != "none":
+        path = _of_imagenet(weights) if pretrained == "imagenet" else Path(pretrained).expanduser()
+        head, older = ("classifier.", flat_names(network)) if mobile else ("fc.", None)
+        loaded = load_weights(network, path, head, older)
+    channels = network.last_channel if mobile else network.fc.in_features
+    backbone = Backbone(_mobilenet_parts(network) if mobile else _resnet_parts(network), channels, recompute)
+    backbone.weights = loaded
+    return backbone
+
+
+def _of_imagenet(weights: WeightsEnum) -> Path:
+    """torchvision's weights in its cache, downloaded where they are not there."""
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    if not path.is_file():
+        try:
+            weights.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:  # no network; bytes of another hash, as of a portal's page
+            raise UsageError(
+                f"pretrained: {weights} could not be downloaded ({error}); download it elsewhere and set "
+                "pretrained=FILE, or set pretrained=none"
+            ) from error
+    return path
+
+
+def _resnet_parts(network: ResNet) -> list[tuple[str, nn.Module]]:
+    from torchvision.models.resnet import BasicBlock
+
     first = network.layer4[0]  # last stride 1: the field's habit, twice the map's height and width
     (first.conv1 if isinstance(first, BasicBlock) else first.conv2).stride = (1, 1)
     first.downsample[0].stride = (1, 1)
-    parts = [(part, child) for part, child in network.named_children() if part not in ("avgpool", "fc")]
-    return Backbone(parts, channels, recompute)
+    return [(part, child) for part, child in network.named_children() if part not in ("avgpool", "fc")]
 
 
-def _load_weights(network: ResNet, path: Path) -> None:
-    if not path.is_file():
-        raise UsageError(
-            f"pretrained: {str(path)!r} is not a file; expected none, imagenet or a torchvision state dict"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a file that is no checkpoint
-        raise UsageError(f"pretrained: cannot read {str(path)!r} as a torch state dict: {error}") from error
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    try:
-        missing, unexpected = network.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise UsageError(f"pretrained: {str(path)!r} does not fit: {str(error).splitlines()[-1].strip()}") from error
-    wrong = [key for key in missing if not key.startswith("fc.")] + list(unexpected)
-    if wrong:
-        raise UsageError(f"pretrained: {str(path)!r} does not fit, missing or unexpected: {', '.join(wrong[:3])}")
+def _mobilenet_parts(network: MobileNetV2) -> list[tuple[str, nn.Module]]:
+    """torchvision's `features` under a ResNet's names: stages end at the strides at which a ResNet's do, 4, 8, 16 and,
+    last stride 1, 16.
+
+    The convolution to 1280 channels is the last block of layer4, not a part behind it: whoever cuts, copies or goes on
+    behind the last stage means the map. Stages 1 to 3 end in sums without a ReLU, so their maps have negative values.
+    """
+    features = network.features
+    features[_MOBILENET_LAST_STRIDE].conv[1][0].stride = (1, 1)  # depthwise
+    blocks = [features[start:end] for start, end in itertools.pairwise(_MOBILENET_STAGES)]
+    stages = [(f"layer{number}", nn.Sequential(*stage)) for number, stage in enumerate(blocks, start=1)]
+    return [*zip(("conv1", "bn1", "relu"), features[0], strict=True), *stages]
 
 
 def _small_parts() -> list[tuple[str, nn.Module]]:

@@ -13,7 +13,7 @@ yoonkicho/BAU 70e1a50; confidence 98 %. Papers: `lda/methods/ibn.py`, `lda/metho
 
 Every function changes a plain backbone in place and begins with its weights: gamma and beta of a BN that becomes IN go
 over (its statistics have no use); a new site begins as gamma = 1, beta = 0. In a network whose stages have one block,
-that block is the last.
+that block is the last. MobileNetV2's blocks have no ReLU behind their sums: (I) is of the sum as it is, our reading.
 
 Shapes: x (N, C, H, W) of N images, C channels.
 """
@@ -30,6 +30,7 @@ from lda.errors import UsageError
 from lda.parts.backbones import Backbone
 
 if TYPE_CHECKING:
+    from torchvision.models.mobilenetv2 import InvertedResidual
     from torchvision.models.resnet import BasicBlock, Bottleneck
 
 
@@ -125,17 +126,36 @@ class NormalisedSumBlock(nn.Module):
         return normalised
 
 
+class NormalisedInvertedBlock(nn.Module):
+    """An inverted residual block whose sum is instance-normalised: IN(F(x) + x), or IN(F(x)) where it has no shortcut.
+
+    Takes over the layers of torchvision's block, under their names.
+    """
+
+    def __init__(self, block: InvertedResidual, channels: int) -> None:
+        super().__init__()
+        self.conv: nn.Module = block.conv
+        self.shortcut: bool = block.use_res_connect
+        self.sum_norm = InstanceSite(channels, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, D, h, w)."""
+        y = self.conv(x)
+        normalised: Tensor = self.sum_norm(x + y if self.shortcut else y)
+        return normalised
+
+
 def use_ibn_a(backbone: Backbone, ratio: float = 0.5) -> None:
     """IBN-a; `ratio` of a layer's channels, rounded down, have IN (0: the plain network). No parameter is added."""
     blocks = [block for stage in backbone.stages[:3] for block in backbone.get_submodule(stage).children()]
     for block in blocks:
-        norm = block.get_submodule("bn1")
-        assert isinstance(norm, nn.BatchNorm2d), "a plain backbone"
+        name, norm = next((name, m) for name, m in block.named_modules() if isinstance(m, nn.BatchNorm2d))
+        parent, _, child = name.rpartition(".")
         instance_channels = int(norm.num_features * ratio)
         if instance_channels == norm.num_features:
-            block.bn1 = as_instance_site(norm)
+            setattr(block.get_submodule(parent), child, as_instance_site(norm))
         elif instance_channels > 0:
-            block.bn1 = SplitNorm2d(norm, instance_channels)
+            setattr(block.get_submodule(parent), child, SplitNorm2d(norm, instance_channels))
 
 
 def use_ibn_b(backbone: Backbone) -> None:
@@ -158,11 +178,15 @@ def use_after_stages(backbone: Backbone) -> None:
 
 
 def _normalise_sums(backbone: Backbone, num_stages: int) -> None:
-    from torchvision.models.resnet import BasicBlock, Bottleneck  # late, as in backbones.py
+    from torchvision.models.mobilenetv2 import InvertedResidual  # late, as in backbones.py
+    from torchvision.models.resnet import BasicBlock, Bottleneck
 
     for stage in backbone.stages[:num_stages]:
         blocks = backbone.get_submodule(stage)
         assert isinstance(blocks, nn.Sequential), "a stage is a sequence of blocks"
-        last = blocks[-1]
-        assert isinstance(last, BasicBlock | Bottleneck), "a plain backbone"
-        blocks[-1] = NormalisedSumBlock(last, backbone.stage_channels(stage))
+        last, channels = blocks[-1], backbone.stage_channels(stage)
+        if isinstance(last, InvertedResidual):
+            blocks[-1] = NormalisedInvertedBlock(last, channels)
+        else:
+            assert isinstance(last, BasicBlock | Bottleneck), "a plain backbone"
+            blocks[-1] = NormalisedSumBlock(last, channels)

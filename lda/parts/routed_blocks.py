@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lda.parts.backbones import Backbone
+from lda.errors import UsageError
+from lda.parts.backbones import RESIDUAL, Backbone
 from lda.parts.instance_sites import SplitNorm2d, as_instance_site
 from lda.parts.routes import Switch
 
@@ -171,6 +172,8 @@ def use_routed_blocks(backbone: Backbone, experts: int, norm: ExpertNorm) -> Swi
 
     It takes the place of the stage's last block where that is a bottleneck, and not the stage's only one; it follows
     the stage otherwise.
+
+    Raises UsageError for a network of other blocks: (A2) says nothing of a depthwise convolution's thin copies.
     """
     from torchvision.models.resnet import BasicBlock, Bottleneck  # late, as in backbones.py
 
@@ -179,7 +182,11 @@ def use_routed_blocks(backbone: Backbone, experts: int, norm: ExpertNorm) -> Swi
         blocks = backbone.get_submodule(stage)
         assert isinstance(blocks, nn.Sequential), "a stage is a sequence of blocks"
         last = blocks[-1]
-        assert isinstance(last, BasicBlock | Bottleneck), "a plain backbone"
+        if not isinstance(last, BasicBlock | Bottleneck):
+            raise UsageError(
+                "backbone: routed blocks are made of a network's basic blocks or bottlenecks, and this one has others; "
+                f"set backbone to one of: {', '.join(RESIDUAL)}, or set method to another"
+            )
         backbone.insert_after(stage, f"routed{number}", RoutedBlock(last, experts, norm, switch))
         if isinstance(last, Bottleneck) and len(blocks) > 1:
             del blocks[-1]
