@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import stats
 
 from analysis.records import listed
 from analysis.study import METRIC_NAMES, Study, load_study
@@ -54,6 +55,9 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
         over seeds; missing for the average and for targets with one official query and gallery;
         mAP_gain, rank1_gain: points above the baseline, mean of the differences paired by seed, with
         mAP_gain_low, mAP_gain_high and so on the ends of the 95% bootstrap interval; missing without a baseline;
+        mAP_gain_p and so on: two-sided p of these differences by `sign_flip_p`, of studies of rows Holm-corrected over
+        them; mAP_step, mAP_step_low, mAP_step_high, mAP_step_p and so on: the same against the row above, of studies
+        of rows alone;
         train_passes, test_forwards: passes through the plain network per image, mean over runs; see `lda.runs.Cost`;
         steps, images_per_second, seconds (of a run, wall clock), parameters, pair_cost (missing where vectors are
         compared): mean over runs;
@@ -66,6 +70,7 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
     configurations = _configurations(study)
     baseline = next((c for c in configurations if c.kind == "baseline"), None)
     rows = []
+    above = None
     for configuration in configurations:
         paired = baseline if configuration.kind != "baseline" else None
         about = {key: getattr(configuration, key) for key in _ABOUT}
@@ -79,17 +84,33 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
                 **configuration.costs(targets),
             }
             for metric in METRICS:
-                base = None if paired is None else paired.percent(metric, targets)
-                statistics |= _statistics(metric, configuration.percent(metric, targets), base)
+                own = configuration.percent(metric, targets)
+                statistics |= _statistics(metric, own)
+                if paired is not None:
+                    statistics |= _difference(f"{metric}_gain", own - paired.percent(metric, targets))
+                if above is not None:
+                    statistics |= _difference(f"{metric}_step", own - above.percent(metric, targets))
                 if target != AVERAGE:
                     statistics[f"{metric}_split_std"] = configuration.percent(f"{metric}_std", targets).mean()
             rows.append({**about, "target": target, **seeds, **statistics, **configuration.conditions()})
-    return pd.DataFrame(rows, columns=list(_COLUMNS))
+        above = configuration if study.record.rows else None
+    table = pd.DataFrame(rows, columns=list(_COLUMNS))
+    return _holm_corrected(table) if study.record.rows else table
+
+
+def _holm_corrected(table: pd.DataFrame) -> pd.DataFrame:
+    """The p of every kind of difference, corrected over the rows of each target."""
+    for column in (f"{metric}_{kind}_p" for metric in METRICS for kind in ("gain", "step")):
+        table[column] = table.groupby("target")[column].transform(lambda ps: holm(ps.to_numpy(float)))
+    return table
 
 
 _ABOUT = ("label", "method", "reconstructed", "reference", "trial")
 _COSTS = ("train_passes", "test_forwards", "steps", "images_per_second", "seconds", "parameters", "pair_cost")
-_KINDS = ("", "_std", "_low", "_high", "_split_std", "_gain", "_gain_low", "_gain_high")
+_KINDS = (
+    *("", "_std", "_low", "_high", "_split_std"),
+    *(f"_{kind}{end}" for kind in ("gain", "step") for end in ("", "_low", "_high", "_p")),
+)
 _COLUMNS = (
     *("configuration", *_ABOUT, "target", "seeds", "confirmed", "score", "splits"),
     *(f"{m}{kind}" for m in METRICS for kind in _KINDS),
@@ -98,15 +119,18 @@ _COLUMNS = (
 )
 
 
-def _statistics(metric: str, own: NDArray[np.float64], baseline: NDArray[np.float64] | None) -> dict[str, float]:
-    """Mean, spread and gain of (T, S) runs; the spread is that of the seeds' means over targets."""
+def _statistics(metric: str, own: NDArray[np.float64]) -> dict[str, float]:
+    """Mean and spread of (T, S) runs; the spread is that of the seeds' means over targets."""
     per_seed = own.mean(axis=0)
     found = {metric: per_seed.mean(), f"{metric}_std": per_seed.std(ddof=1) if len(per_seed) > 1 else np.nan}
     found[f"{metric}_low"], found[f"{metric}_high"] = bootstrap_interval(own)
-    if baseline is not None:
-        low, high = bootstrap_interval(own - baseline)
-        found |= {f"{metric}_gain": (own - baseline).mean(), f"{metric}_gain_low": low, f"{metric}_gain_high": high}
     return found
+
+
+def _difference(name: str, pairs: NDArray[np.float64]) -> dict[str, float]:
+    """Mean of (T, S) differences paired by target and seed, its interval, and p."""
+    low, high = bootstrap_interval(pairs)
+    return {name: pairs.mean(), f"{name}_low": low, f"{name}_high": high, f"{name}_p": sign_flip_p(pairs)}
 
 
 def bootstrap_interval(pairs: NDArray[np.float64], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -121,6 +145,26 @@ def bootstrap_interval(pairs: NDArray[np.float64], draws: int = 10_000, seed: in
     means = np.take_along_axis(pairs[None], drawn, axis=2).mean(axis=(1, 2))
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def sign_flip_p(pairs: NDArray[np.float64], draws: int = 2**15) -> float:
+    """Two-sided p of paired differences: how often their mean is as far from 0 when signs are drawn at random, exactly
+    for up to 15 pairs. With n pairs it is never below 2 / 2^n: five seeds of one target cannot reach 0.05."""
+    if pairs.size < 2:
+        return np.nan
+    found = stats.permutation_test(
+        (pairs.ravel(),), np.mean, permutation_type="samples", n_resamples=draws, rng=np.random.default_rng(0)
+    )
+    return float(found.pvalue)
+
+
+def holm(ps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Holm's correction of p values for asking so many questions at once; nan stays nan and counts as none."""
+    asked = np.flatnonzero(~np.isnan(ps))
+    order = asked[np.argsort(ps[asked])]
+    corrected = np.full(len(ps), np.nan)
+    corrected[order] = np.minimum(np.maximum.accumulate(ps[order] * np.arange(len(order), 0, -1)), 1.0)
+    return corrected
 
 
 @dataclass(frozen=True)
@@ -262,6 +306,8 @@ def _configuration(study: Study, kind: str, trial: pd.Series, runs: pd.DataFrame
 
 
 def _label(study: Study, kind: str, trial: pd.Series, title: str, method: str) -> str:
+    if study.record.rows:
+        return study.record.rows[str(trial["name"]).removeprefix("trial-")].title
     if study.record.compare:
         return f"{title}, best of {len(study.trials_of(method))}" if kind == "best" else title
     searched = int((study.trials["origin"] != "baseline").sum())

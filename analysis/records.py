@@ -7,7 +7,7 @@ A file may be missing, empty, torn by a full disk or a power cut, or of another 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +99,13 @@ class Confirm:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A row of a comparison, by its name in print."""
+
+    title: str
+
+
+@dataclass(frozen=True)
 class StudyRecord:
     """What study.json says, as far as it is read here.
 
@@ -112,7 +119,8 @@ class StudyRecord:
         base: settings that every trial was given.
         seed: of the search's units.
         confirm, confirm_seeds: what is rerun, on which fresh seeds; no seeds: nothing.
-        compare: methods that it compares, the control first; empty where it is of one method.
+        compare: methods, or rows, that it compares, the control first; empty where it is of one method.
+        rows: name -> row; empty where methods are compared as they are.
         compute: what all runs have as many of, steps or passes.
         command: as typed.
         commit, dirty, versions: of the code, whether it had local changes, and of the packages.
@@ -133,6 +141,7 @@ class StudyRecord:
     confirm: Confirm = Confirm()
     confirm_seeds: tuple[int, ...] = ()
     compare: tuple[str, ...] = ()
+    rows: dict[str, Row] = field(default_factory=dict)
     compute: str = "steps"
 
 

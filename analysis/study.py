@@ -106,7 +106,9 @@ class Study:
         return self._best(self.trials[self.trials["origin"] == "search"])
 
     def trials_of(self, method: str) -> pd.DataFrame:
-        """The trials that ran a method, where several are compared."""
+        """The trials of a method, or of a row, where several are compared."""
+        if self.record.rows:
+            return self.trials[self.trials["name"] == f"trial-{method}"]
         return self.trials[self.trials["name"].isin(self.units.loc[self.units["method"] == method, "trial"])]
 
     @staticmethod

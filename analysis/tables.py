@@ -167,7 +167,9 @@ def study_grids(study: Study, table: pd.DataFrame) -> list[Grid]:
         if table["mAP_std"].notna().any():
             grids.append(_results_grid(study, table, "_std", "Mean ± standard deviation over seeds", []))
     if table["mAP_gain"].notna().any():
-        grids.append(_gain_grid(study, table))
+        grids.append(_gain_grid(study, table, "gain", "Points above the baseline"))
+    if table["mAP_step"].notna().any():
+        grids.append(_gain_grid(study, table, "step", "Points above the row before"))
     if study.record.compare:
         grids.append(_cost_grid(study, scores))
     else:
@@ -220,9 +222,10 @@ def _cost_grid(study: Study, rows: pd.DataFrame) -> Grid:
     ]
     if rows["pair_cost"].notna().any():
         notes.append("pairs: images are compared by a matcher on both encodings, at so many multiply-adds a pair")
-    left_out = set(study.record.compare) - set(study.units.loc[study.units["trial"].isin(rows["trial"]), "method"])
+    shown = set(rows["trial"])
+    left_out = [name for name in study.record.compare if not shown & set(study.trials_of(name)["name"])]
     if left_out:
-        notes.append(f"Left out, no seed is finished on every target yet: {', '.join(sorted(left_out))}")
+        notes.append(f"Left out, no seed is finished on every target yet: {', '.join(left_out)}")
     return Grid("What a method is and costs", list(_COST_HEADS), cells, notes)
 
 
@@ -256,18 +259,22 @@ def _results_grid(study: Study, table: pd.DataFrame, spread: str, title: str, no
     return Grid(title, _columns(study), rows, notes)
 
 
-def _gain_grid(study: Study, table: pd.DataFrame) -> Grid:
+def _gain_grid(study: Study, table: pd.DataFrame, kind: str, title: str) -> Grid:
+    """Differences of one kind, `gain` or `step`; of rows with p, which says whether a part does anything."""
     rows = []
-    for label, group in table[table["mAP_gain"].notna()].groupby("label", sort=False):
+    for label, group in table[table[f"mAP_{kind}"].notna()].groupby("label", sort=False):
         for metric, name in METRICS.items():
-            rows.append([f"{label}, {name}", *(_gain(row, f"{metric}_gain") for _, row in group.iterrows())])
+            cells = (_gain(row, f"{metric}_{kind}", bool(study.record.rows)) for _, row in group.iterrows())
+            rows.append([f"{label}, {name}", *cells])
     seeds = int(table["seeds"].max())
     interval = " [95% bootstrap interval]" if seeds > 1 else ""
     notes = []
     if 1 < seeds < _FEW_SEEDS:
         notes.append(f"An interval from {seeds} seeds is hardly more than their range: too few to call a gain certain")
+    if study.record.rows and seeds > 1:
+        notes.append("p: two-sided sign-flip test over the paired runs, Holm-corrected over the rows of a column")
     return Grid(
-        f"Points above the baseline, paired by seed{interval}",
+        f"{title}, paired by seed{interval}",
         [("", name) for name in _names(study)],
         rows,
         notes,
@@ -321,9 +328,10 @@ def _with_interval(row: pd.Series, metric: str) -> str:
     return _cell(mean, np.nan) if np.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _gain(row: pd.Series, column: str) -> str:
-    mean, low, high = row[column], row[f"{column}_low"], row[f"{column}_high"]
-    return f"{mean:+.1f}" if np.isnan(low) else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+def _gain(row: pd.Series, column: str, tested: bool) -> str:
+    mean, low, high, p = (row[f"{column}{end}"] for end in ("", "_low", "_high", "_p"))
+    shown = f"{mean:+.1f}" if np.isnan(low) else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"{shown} p {p:.2g}" if tested and not np.isnan(p) else shown
 
 
 def _csv(study: Study, table: pd.DataFrame, published: pd.DataFrame | None) -> str:

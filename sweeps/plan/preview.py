@@ -27,10 +27,10 @@ def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: 
         ("data", f"{data}; preset {spec.preset}"),
         (
             "training",
-            f"{_named(spec.method)}, {_steps(spec, spec.method)}, {config.network.backbone}, "
+            f"{_named(spec, spec.method)}, {_steps(spec, spec.method)}, {config.network.backbone}, "
             f"{config.batches.image_height} x {config.batches.image_width} pixels",
         ),
-        *(("", f"{_named(method)}, {_steps(spec, method)}") for method in spec.entrants[1:]),
+        *(("", f"{_named(spec, method)}, {_steps(spec, method)}") for method in spec.entrants[1:]),
         *(
             ("target", f"{title(target)} from {', '.join(title(s) for s in protocol.sources(target))}")
             for target in spec.targets
@@ -48,10 +48,11 @@ def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: 
     return "\n".join(f"{name:11}{text}" for name, text in lines)
 
 
-def _named(method: str) -> str:
+def _named(spec: StudySpec, name: str) -> str:
     from lda.runs import print_method  # late: --list answers without numpy
 
-    return print_method(method, methods.find(method).reconstructed, False)
+    method = spec.method_of(name)
+    return print_method(name, methods.find(method).reconstructed, False)
 
 
 def _steps(spec: StudySpec, method: str) -> str:
@@ -68,7 +69,7 @@ def _steps(spec: StudySpec, method: str) -> str:
 def _search(spec: StudySpec) -> str:
     trials, search = spec.num_trials, spec.search
     if not trials:
-        return "none: the defaults are compared"
+        return f"none: the {'rows' if spec.rows else 'defaults'} are compared"
     each = f" ({search.trials} of each method beside its defaults)" if spec.compare else ""
     first = "" if spec.compare else "; trial 0 is the defaults"
     return f"{trials} trial{'' if trials == 1 else 's'}{each} by {search.sampler}, seed {spec.seed}{first}"

@@ -94,6 +94,22 @@ class Confirm:
 
 @_strict_keys
 @dataclass(frozen=True, kw_only=True)
+class Row:
+    """A method with settings of its own, as one row of a comparison.
+
+    Attributes:
+        title: its name in print.
+        method: by default the row's own name.
+        set: settings that differ from the study's base, the method's own among them.
+    """
+
+    title: str
+    method: str = ""
+    set: dict[str, Any] = field(default_factory=dict)
+
+
+@_strict_keys
+@dataclass(frozen=True, kw_only=True)
 class StudySpec:
     """One study: what is swept, over which data, at what budget.
 
@@ -109,6 +125,8 @@ class StudySpec:
         methods: method -> settings of its own that differ from the preset, whenever it runs.
         compare: methods that run side by side, each searched by its own settings with the same number of trials;
             "all": every one there is. Empty: the study is of one method.
+        rows: name -> row, in the place of `compare`: methods with settings, several of one method if need be; the row
+            `baseline` is what the others' gains are measured against. They are not searched.
         compute: what a run's epochs x steps_per_epoch count: "steps", or "passes": training passes through the plain
             network, so that a method which takes two of them for an image makes half as many steps.
         seed: of the sampler and of the search's units; confirmation takes the seeds after it.
@@ -128,6 +146,7 @@ class StudySpec:
     base: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     compare: tuple[str, ...] | Literal["all"] = ()
+    rows: dict[str, Row] = field(default_factory=dict)
     compute: Literal["steps", "passes"] = "steps"
     seed: Annotated[int, Field(ge=0, le=HIGHEST_STUDY_SEED)] = 0
     heartbeat_seconds: Positive = 20
@@ -138,8 +157,10 @@ class StudySpec:
         """The settings of one unit. Raises UsageError naming the setting at fault."""
         assert self.preset is not None, "resolve() fills the preset"
         where = {"protocol": self.protocol, "target": target, "seed": seed}
-        own = self.methods.get(changes.get(METHOD.name, self.method), {})
-        config = preset(self.preset, **{**self.base, **own, **changes, **where})
+        name = changes.get(METHOD.name, self.method)
+        row = {**self.rows[name].set, METHOD.name: self.method_of(name)} if name in self.rows else {}
+        own = self.methods.get(self.method_of(name), {})
+        config = preset(self.preset, **{**self.base, **own, **changes, **row, **where})
         return config if self.compute == "steps" else at_equal_passes(config)
 
     @property
@@ -149,9 +170,13 @@ class StudySpec:
 
     @property
     def entrants(self) -> tuple[str, ...]:
-        """The methods that are compared; none where the study is of one."""
+        """The methods, or rows, that are compared; none where the study is of one method."""
         assert self.compare != "all", "resolve() fills the names in"
         return self.compare
+
+    def method_of(self, name: str) -> str:
+        """The method of one that is compared."""
+        return (self.rows[name].method or name) if name in self.rows else name
 
     @property
     def control(self) -> str | None:
@@ -172,6 +197,8 @@ class StudySpec:
         """Where a method is searched: as the study says, or, where methods are compared, as the method's file does."""
         if not self.compare:
             return self.search.space
+        if self.rows:
+            return {}
         fixed = {**self.base, **self.methods.get(method, {})}
         swept = [key for key in methods.find(method).searched if key not in fixed]
         return {key: checked_axis(key, Axis(), method) for key in swept}
@@ -223,8 +250,10 @@ class StudySpec:
         """What the confirmation runs on each of its seeds when `tried` configurations are complete.
 
         baseline (unless it is what the study is of), defaults, and top 1 to top N: the best of the others. Where
-        methods are compared, that of each: "snr defaults", "snr top 1".
+        methods are compared, that of each: "snr defaults", "snr top 1"; of rows, each.
         """
+        if self.rows:
+            return list(self.entrants)
         if self.compare:
             ranks = [f"top {rank + 1}" for rank in range(min(self.confirm.top, self.search.trials))]
             return [f"{m} {row}" for m in self.entrants for row in ["defaults", *(ranks if self.space(m) else [])]]
@@ -306,8 +335,8 @@ def same_study(spec: StudySpec) -> dict[str, Any]:
     plain = to_dict(spec)
     for key in ("title", "cost", "confirm", "compare", "heartbeat_seconds", "grace_seconds", "stall_seconds"):
         del plain[key]
-    if spec.compare:  # a method that joins brings its own
-        del plain["methods"]
+    if spec.compare:  # a method that joins brings its own, and so does a row
+        del plain["methods"], plain["rows"]
     for key in ("trials", "hours", "device_hours", "retries", "enqueue"):
         del plain["search"][key]
     plain["base"] = {key: value for key, value in plain["base"].items() if key not in settings_of(Machine)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import ValidationError
@@ -120,7 +120,7 @@ def _keys_at(location: Sequence[str]) -> list[str]:
     """Valid keys of the section at `location` (a walk through the dataclasses; one step into a mapping or list)."""
     section: Any = StudySpec
     for part in location:
-        section = get_type_hints(section)[part] if dataclasses.is_dataclass(section) else Axis
+        section = get_type_hints(section)[part] if dataclasses.is_dataclass(section) else get_args(section)[-1]
     return [f.name for f in dataclasses.fields(section)]
 
 
@@ -152,7 +152,7 @@ def resolve(
             raise UsageError(f"targets: each once, got {list(spec.targets)}")
         _refuse_study_keys(spec.base, "base.")
         base = {**spec.base, **overrides}
-        run = spec.entrants or (str(base.get(METHOD.name, METHOD.default)),)
+        run = tuple(dict.fromkeys(map(spec.method_of, spec.entrants))) or (str(base.get(METHOD.name, METHOD.default)),)
         own = {key: value for key, value in base.items() if key not in COMMON and key != METHOD.name}
         for key in own:
             if not any(key in known_settings(method) for method in run):
@@ -178,20 +178,27 @@ def resolve(
 
 
 def _with_entrants(spec: StudySpec, picked: Sequence[str] | None, overrides: Mapping[str, Any]) -> StudySpec:
-    """The study with the names of the methods it compares, the control first; those that are picked, where any are."""
-    if not spec.compare:
+    """The study with the names of the methods, or rows, that it compares, the control first; those that are picked,
+    where any are."""
+    if spec.rows and spec.compare and set(spec.compare) - set(spec.rows):
+        raise UsageError("compare: a study has either methods or rows; leave one of the two out")
+    if not spec.compare and not spec.rows:
         if picked is not None:
             raise UsageError("--methods: this study is of one method; choose it by --set method=NAME")
         return spec
     if METHOD.name in (*overrides, *spec.base):
         raise UsageError("method: this study compares methods; choose among them by --methods A,B")
-    known = methods.names() if spec.compare == "all" else list(spec.compare)
+    known = list(spec.rows or (methods.names() if spec.compare == "all" else spec.compare))
     for name in (*known, *(picked or ())):
-        methods.find(name)
+        if not spec.rows:
+            methods.find(name)
         if name not in known:
             raise UsageError(f"--methods: {unknown('method of this study', name, known)}")
+        methods.find(spec.method_of(name))
     chosen = [name for name in known if picked is None or name in picked]
-    return dataclasses.replace(spec, compare=tuple(sorted(chosen, key=lambda name: (name != methods.CONTROL, name))))
+    if not spec.rows:
+        chosen.sort()
+    return dataclasses.replace(spec, compare=tuple(sorted(chosen, key=lambda name: name != methods.CONTROL)))
 
 
 def _with_own(spec: StudySpec, method: str, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,7 +232,7 @@ def _refuse_study_keys(settings: Mapping[str, Any], where: str) -> None:
 def _checked(spec: StudySpec) -> StudySpec:
     if spec.grace_seconds < 3 * spec.heartbeat_seconds:
         raise UsageError(f"grace_seconds: {spec.grace_seconds} is below three heartbeats of {spec.heartbeat_seconds} s")
-    spec = _typed(spec)
+    spec = _checked_rows(_typed(spec))
     if spec.selection == LEFT_OUT and spec.search.pruning.rule != "none":
         raise UsageError(f"search.pruning: {LEFT_OUT} has no score before a unit ends; set rule: none")
     if spec.compare:
@@ -278,6 +285,24 @@ def _checked_comparison(spec: StudySpec) -> StudySpec:
         except UsageError as error:
             raise UsageError(f"{method}: {error} (the default; trial 0 is always the defaults)") from None
     return spec
+
+
+def _checked_rows(spec: StudySpec) -> StudySpec:
+    """The rows with their settings in the types of their lines."""
+    if spec.rows and spec.search.trials:
+        raise UsageError("search.trials: rows are compared as they are, without a search; set it to 0")
+    rows = {}
+    for name, row in spec.rows.items():
+        try:
+            _refuse_study_keys(row.set, "set.")
+            if METHOD.name in row.set:
+                raise UsageError("set.method: is a key of the row itself, beside set")
+            check_keys(row.set, spec.method_of(name))
+            values = dataclasses.replace(spec, compute="steps").config(spec.targets[0], spec.seed, {METHOD.name: name})
+        except UsageError as error:
+            raise UsageError(f"rows.{name}: {error}") from None
+        rows[name] = dataclasses.replace(row, set={key: values.value(key) for key in row.set})
+    return dataclasses.replace(spec, rows=rows)
 
 
 def _typed(spec: StudySpec) -> StudySpec:
