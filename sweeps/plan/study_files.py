@@ -278,7 +278,7 @@ def _checked_comparison(spec: StudySpec) -> StudySpec:
         raise UsageError("search.pruning.rule: trials of different methods do not compare; set it to none")
     if not search.trials and not spec.confirm.seeds:
         raise UsageError("confirm.seeds: with search.trials 0 nothing would run; give one seed or more")
-    for method in spec.entrants:
+    for method in () if spec.rows else spec.entrants:
         space, defaults = spec.space(method), spec.defaults_of(method)
         try:
             checked_point(space, defaults, method)
