@@ -39,6 +39,9 @@ from lda.runs import CONFIG, METRICS, RESULT, Cost, Result, UnitFolder, is_unit,
 PARAMETER = "param/"
 """Prefix of the columns of `Study.trials` that hold swept settings."""
 
+RULE = "rule/"
+"""Prefix of the columns of `Study.units` that hold what each selection rule says of a unit."""
+
 METRIC_NAMES = {"mAP": "mAP", "mINP": "mINP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10"}
 """Metric of a result -> its name in print; fractions in files, percent in print."""
 
@@ -57,9 +60,9 @@ class Study:
             and a column `param/<setting>` for every swept setting. By number, the baseline last.
         units: one row per unit: trial (name), unit (folder name), path, target, seed, method, confirms (a rerun on a
             seed the search never saw), finished, code and torch (see `records.Code`); and of its `lda.runs.Result`,
-            missing where the unit is unfinished: score and selection (the rule), train_passes, test_forwards and test
-            (the cost), and every entry that is a number or a word, under its own name; times that no clock can have
-            measured are missing. By trial, then target in table order, then seed.
+            missing where the unit is unfinished: score and selection (the rule), `rule/<name>` of every rule known,
+            train_passes, test_forwards and test (the cost), and every entry that is a number or a word, under its own
+            name; times that no clock can have measured are missing. By trial, then target in table order, then seed.
         flaws: what cannot be read or is not there.
     """
 
@@ -237,6 +240,7 @@ def _unit_row(folder: Path, trial: TrialRecord, flaws: list[Flaw]) -> dict[str, 
         code = Code()
     measured = {"score": result.selection.score, "selection": result.selection.rule, **vars(result.cost)}
     measured |= {key: getattr(result, key) for key in _plain_entries()}
+    measured |= {f"{RULE}{rule}": score for rule, score in result.selection.scores.items()}
     for clocked in ("seconds", "images_per_second"):  # a clock that was set back in the middle of a run
         measured[clocked] = measured[clocked] if 0 <= measured[clocked] < math.inf else math.nan
     return {**row, "code": code, **measured}
