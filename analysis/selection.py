@@ -234,13 +234,14 @@ def selection_figure(study: Study, runs: Runs) -> Figure:
     with style():
         for axes, rule in zip(panels[0], rules, strict=True):
             scores = runs.scores[rule].mean((1, 2))
-            axes.plot(scores[~own], found[~own], "s", color="#d55e00", markersize=5, label="another method")
+            if not own.all():
+                axes.plot(scores[~own], found[~own], "s", color="#d55e00", markersize=5, label="another method")
             axes.plot(scores[own], found[own], "o", color="#0173b2", markersize=5, label=main)
             axes.set_title(f"{rule}, rho {rho(runs, rule):+.2f}")
             axes.set_xlabel("score, %")
         panels[0][0].set_ylabel("mAP on the unseen target, %")
         panels[0][0].legend(loc="best")
-        figure.suptitle(f"Study {study.name} ({study.data} data), means over targets and {runs.mAP.shape[2]} seeds")
+        figure.suptitle(f"Study {study.name} ({study.data} data), means over targets and {len(runs.seeds)} seed(s)")
     return figure
 
 

@@ -5,6 +5,7 @@ env.json: hash of the code, commit, dirty flag, versions, host, device, command
 metrics.jsonl: one line per logged step, append-only
 checkpoint.pt: the newest complete state
 result.json: {"format": 2} and the fields of `Result`; written last: a unit that has it is finished and never runs again
+without-<source>/: with the rule leave_one_source_out, the unit that trained without it: a folder of the same kind
 .lock: of the process that works here, while it does
 <name>.npz: what the method keeps beside it. buffer_bank.npz, of methods with a Buffer Bank: "domains" (K,), "layers"
     (L,); per layer of C channels "mean/<layer>" (K, C), "var/<layer>" (K, C) and "count/<layer>" (K,), the updates
