@@ -109,15 +109,11 @@ def _label(study: Study, name: str) -> str:
 
 def rho(runs: Runs, rule: str) -> float:
     """Spearman's rho of a rule and the target's mAP over configurations, seeds averaged; mean over targets."""
-    scores, found = runs.scores[rule].mean(2), runs.mAP.mean(2)
-    each = [_spearman(scores[:, target], found[:, target]) for target in range(scores.shape[1])]
-    return float(np.mean(each))
-
-
-def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    if len(set(a)) < 2 or len(set(b)) < 2:
-        return 0.0  # one configuration drawn again and again says nothing
-    return float(stats.spearmanr(a, b).statistic)
+    ranks = [stats.rankdata(values.mean(2), axis=0) for values in (runs.scores[rule], runs.mAP)]
+    a, b = (rank - rank.mean(0) for rank in ranks)
+    scale = np.sqrt((a * a).sum(0) * (b * b).sum(0))
+    # One configuration that is drawn again and again, or a rule that says the same of all, orders nothing.
+    return float(np.mean(np.divide((a * b).sum(0), scale, out=np.zeros_like(scale), where=scale > 0)))
 
 
 def picked(runs: Runs, rule: str) -> NDArray[np.float64]:

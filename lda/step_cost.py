@@ -139,8 +139,8 @@ def _measure(options: argparse.Namespace) -> None:
 
     for name in options.methods:
         methods.find(name)
-    root = options.data_root or ensure_standin()
-    changes, recipe = {"threads": 1, **parse_overrides(options.set)}, "standin" if is_standin(root) else "real"
+    changes = {"threads": 1, **parse_overrides(options.set)}
+    recipe = "standin" if is_standin(options.data_root) else "real"
     config = preset(recipe, method=methods.CONTROL, **changes)
     if (there := config.schedule.total_steps) < (needed := _WARMUP + options.rounds + _COUNTED):
         raise UsageError(
@@ -148,6 +148,7 @@ def _measure(options: argparse.Namespace) -> None:
             f"{there}; give fewer, or --set steps_per_epoch={-(-needed // config.schedule.epochs)}"
         )
     run, fraction = config.run, config.selection.validation_fraction
+    root = options.data_root or ensure_standin()
     task = build_task(run.protocol, run.target, root, config.data, validation_fraction=fraction)
     print(table(recipe, changes, list(dict.fromkeys([methods.CONTROL, *options.methods])), task, options.rounds))
 

@@ -2,7 +2,7 @@
 
     python tests/soak.py [--units 200] [--output reports/soak.md]
 
-A real study on the tiny stand-in by the ordinary command. After every tenth of the units: open files, threads and
+A real study on the tiny stand-in by the ordinary command. After every tenth of the units, and before the last: open files, threads and
 resident memory of the coordinator, the worker, and what the worker has started (the process that imports wandb, and
 wandb's own service), from /proc. Exits with 1 where the worker was replaced, or the study did not end well.
 """
@@ -57,8 +57,7 @@ def soak(folder: Path, units: int) -> list[tuple[int, dict[str, tuple[int, int, 
     looks = []
     wait_for(lambda: len(command.workers()) == 1, process=process)
     (worker,) = command.workers()
-    for row in range(_ROWS):
-        due = max(1, units * row // _ROWS)
+    for due in [1, *(units * row // _ROWS for row in range(1, _ROWS)), units - 1]:
         wait_for(lambda due=due: len(command.results()) >= due, _PATIENCE, process)  # type: ignore[misc]
         assert command.workers() == [worker], f"the worker was replaced before unit {due}: {command.events()[-3:]}"
         found = {name: measured(pid) for name, pid in processes(process.pid, worker).items()}

@@ -42,7 +42,7 @@ FILES = ["trial.json", "*/config.json", "*/result.json", "*/metrics.jsonl", "*/e
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
 def test_a_torn_file_is_named_and_everything_else_is_shown(
     study: Path, name: str, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -349,8 +349,8 @@ def test_two_commands_and_signals(standin_tiny: Path, tmp_path: Path) -> None:
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     code = (
         "import signal, time\n"
-        "from lda.train import _signals_interrupt\n"
-        "with _signals_interrupt():\n"
+        "from lda.command import interruptible\n"
+        "with interruptible():\n"
         "    try:\n"
         "        print('here', flush=True)\n"
         "        time.sleep(60)\n"

@@ -60,7 +60,7 @@ def test_a_sets_own_folder_says_stand_in_as_well(finished: dict[str, Path], stan
         (
             "both",
             ["bank_momentum=0.1"],
-            "a test of lda can be told: camera_statistics, camera_images, inference, f",
+            "a test of lda can be told: camera_statistics, camera_images, inference, test_donors, unseen_expert, f",
         ),
         ("both", ["network_a=none"], "--set network_a: is a setting of training"),
         ("both", ["baseline_norm=batch"], "baseline_norm: is a setting of method baseline; this run's method is lda"),

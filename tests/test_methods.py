@@ -266,6 +266,7 @@ class TestEveryMethod:
             read = np.load(tmp_path / f"{kept_name}.npz", allow_pickle=False)
             assert set(read) == set(kept.arrays)
 
+    @pytest.mark.slow
     def test_every_choice_trains(self, name: str, task: Task) -> None:
         """One run per value of every setting that has a list of them: finite, and no setting is without effect."""
         known = {key: s for key, s in settings_of(methods.find(name).Settings).items() if s.choices}

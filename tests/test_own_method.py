@@ -82,6 +82,7 @@ def test_reading_needs_no_file_of_the_method(study: tuple[Path, dict[str, str]])
     assert len(drawn.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_its_checkpoint_is_evaluated_where_the_file_is(study: tuple[Path, dict[str, str]], standin_tiny: Path) -> None:
     folder, environment = study
     command = ["-m", "lda.evaluate", "--checkpoint", str(folder / "trial-0000" / "market1501-s1" / "checkpoint.pt"),

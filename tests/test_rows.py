@@ -99,7 +99,7 @@ def test_holm_corrects_the_smallest_most() -> None:
 
 
 def test_a_study_of_rows_runs_and_is_tabulated(tmp_path: Path, standin_tiny: Path) -> None:
-    command = Command(tmp_path, standin_tiny, spec={"rows": ROWS, "confirm": {"seeds": 2}})
+    command = Command(tmp_path, standin_tiny, spec={"rows": ROWS, "confirm": {"seeds": 2}, "targets": ["cuhk03"]})
     content = yaml.safe_load((tmp_path / "mine.yaml").read_text())
     content["search"] = {"trials": 0, "pruning": {"rule": "none"}}
     del content["methods"]
@@ -109,7 +109,7 @@ def test_a_study_of_rows_runs_and_is_tabulated(tmp_path: Path, standin_tiny: Pat
     assert list(dict.fromkeys(table["label"])) == ["plain BN", "plain IN", "AN, shared affine"]
     results = {
         (row, target, seed): 100 * Result.read(command.study / f"trial-{row}" / f"{target}-s{seed}").mAP
-        for row in ROWS for target in ("cuhk03", "market1501") for seed in (1, 2)
+        for row in ROWS for target in ("cuhk03",) for seed in (1, 2)
     }  # fmt: skip
     average = table[table["target"] == AVERAGE].set_index("label")
 

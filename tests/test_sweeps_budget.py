@@ -69,7 +69,9 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name", ["defaults", *(pytest.param(name, marks=pytest.mark.slow) for name in ("baseline", "grid"))]
+)
 def test_what_a_dry_run_says_is_what_runs(tmp_path: Path, standin_tiny: Path, name: str) -> None:
     """A study of the baseline ends whole too, without a row for another baseline and without a warning."""
     study = EXPECTED[name]
@@ -89,6 +91,7 @@ def test_what_a_dry_run_says_is_what_runs(tmp_path: Path, standin_tiny: Path, na
     assert (command.study / "trial-baseline").exists() == ("baseline" in study.compared)
 
 
+@pytest.mark.slow
 def test_training_time_ends_a_grid_and_what_is_complete_is_confirmed(tmp_path: Path, standin_tiny: Path) -> None:
     """The defaults use up the limit; the three points that wait are left, until the limit is lifted."""
     spec = {"targets": ["cuhk03"], "confirm": {"top": 1, "seeds": 1}}

@@ -128,6 +128,7 @@ def command_of(folder: Path, standin: Path, trials: int) -> Command:
     return Command(folder, standin, spec=spec, search=search)
 
 
+@pytest.mark.slow
 def test_methods_are_compared_on_fresh_seeds_and_another_may_join(tmp_path: Path, standin_tiny: Path) -> None:
     command = command_of(tmp_path, standin_tiny, 0)
     assert command.run("--methods", "baseline,lda") == 0, command.output

@@ -43,6 +43,7 @@ def test_table_and_figures_are_made_and_logged(spec: StudySpec, tmp_path: Path, 
         assert text in run
 
 
+@pytest.mark.slow
 def test_a_study_of_baselines_has_nothing_to_draw(spec: StudySpec, tmp_path: Path, capfd: Capture) -> None:
     folder = write_study(tmp_path / "s", scores=(0.5, 0.55), method="baseline")
     out, err, run = ended(spec, folder, capfd)
@@ -75,6 +76,7 @@ def test_what_is_left_out_is_said_once(spec: StudySpec, tmp_path: Path, capfd: C
     assert "left out: trial-0002 (trial.json damaged)" in line
 
 
+@pytest.mark.slow
 def test_what_cannot_be_tabulated_is_drawn_and_logged(spec: StudySpec, tmp_path: Path, capfd: Capture) -> None:
     folder = write_study(tmp_path / "s", scores=(0.5, 0.55))
     (folder / "table.csv").mkdir()

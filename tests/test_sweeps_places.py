@@ -129,6 +129,7 @@ def test_the_folder_of_a_study_of_the_same_name_is_not_taken(command: Command) -
     assert "holds another study 'mine' than sqlite:///" in refused(command)
 
 
+@pytest.mark.slow
 def test_other_code_does_not_go_on_unless_wanted(command: Command) -> None:
     with_code = json.dumps({"digest": "0" * 12, "commit": "a1b2c3d4e5", "dirty": True})
     _sql(command.study, f"UPDATE study_user_attributes SET value_json = '{with_code}' WHERE key = 'code'")

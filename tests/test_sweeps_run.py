@@ -22,6 +22,7 @@ def command(tmp_path: Path, standin_tiny: Path) -> Command:
     return Command(tmp_path, standin_tiny)
 
 
+@pytest.mark.slow
 def test_a_trial_of_protocol_1_trains_once(tmp_path: Path, standin_tiny: Path) -> None:
     spec = {"protocol": "protocol1", "targets": ["ilids", "prid"]}
     command = Command(tmp_path, standin_tiny, spec=spec, search={"trials": 1}, base={"inference": "expert"})
@@ -31,6 +32,7 @@ def test_a_trial_of_protocol_1_trains_once(tmp_path: Path, standin_tiny: Path) -
     assert "over the 10 test splits of a target" in command.output
 
 
+@pytest.mark.slow
 def test_killed_in_its_second_trial_a_study_goes_on_with_the_same_command(tmp_path: Path, standin_tiny: Path) -> None:
     command = Command(tmp_path, standin_tiny, spec={"confirm": {"top": 1, "seeds": 1}})
     coordinator = command.start()
@@ -93,6 +95,7 @@ def test_a_killed_worker_is_replaced_and_ctrl_c_ends_cleanly(command: Command) -
     assert list((command.study / "workers").glob("*.lock")) == []
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_counted_and_not_repeated(command: Command) -> None:
     assert command.run("--set", "learning_rate=10", "optimizer=sgd", "steps_per_epoch=300", "--trials", "1") == 1
     trial = command.trial("trial-0000")

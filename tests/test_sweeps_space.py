@@ -92,7 +92,7 @@ def test_grid() -> None:
 
 def test_an_axis_that_says_nothing_takes_what_the_settings_line_says() -> None:
     assert checked_axis("alignment_weight", Axis(), METHOD) == Axis(low=0.01, high=5.0, log=True)
-    assert checked_axis("donor", Axis(), METHOD) == Axis(choices=("uniform", "round_robin"))
+    assert checked_axis("heads", Axis(), METHOD) == Axis(choices=("separate", "shared"))
     assert checked_axis("bank_warmup_updates", Axis(), METHOD) == Axis(low=0, high=100)
     with pytest.raises(UsageError, match="epochs: its line names no range to search"):
         checked_axis("epochs", Axis(), METHOD)

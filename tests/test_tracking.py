@@ -325,6 +325,7 @@ def test_a_server_that_works(tmp_path: Path) -> None:
     assert list(tmp_path.glob("wandb/offline-run-*")) == []
 
 
+@pytest.mark.slow
 def test_an_account_and_no_network(tmp_path: Path) -> None:
     check_failed(tmp_path, DEAD, "2")
     check_uploads(tmp_path)
@@ -351,7 +352,7 @@ START = 3  # requests until a run has begun
 @pytest.mark.parametrize(
     ("answers", "then"),
     [
-        (START, "stall"),
+        pytest.param(START, "stall", marks=pytest.mark.slow),
         pytest.param(0, "stall", marks=pytest.mark.slow),
         pytest.param(1, "stall", marks=pytest.mark.slow),
         pytest.param(0, "refuse", marks=pytest.mark.slow),

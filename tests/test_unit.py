@@ -394,7 +394,7 @@ def test_memory_that_runs_out_is_one_line(
 
 
 def test_every_unit_records_what_every_affordable_rule_says(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
-    result = run_unit(quick(proxy_domain="viper"), tmp_path, data_root=standin_tiny)
+    result = run_unit(quick(proxy_domain="viper"), tmp_path / "recorded", data_root=standin_tiny)
     selection, plain = result.selection, Result.read(finished)
     assert list(selection.scores) == ["source_validation", "proxy_domain", "oracle"]
     assert selection.score == selection.scores["source_validation"] == plain.selection.score
