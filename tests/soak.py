@@ -2,9 +2,10 @@
 
     python tests/soak.py [--units 200] [--output reports/soak.md]
 
-A real study on the tiny stand-in by the ordinary command. After every tenth of the units, and before the last: open files, threads and
-resident memory of the coordinator, the worker, and what the worker has started (the process that imports wandb, and
-wandb's own service), from /proc. Exits with 1 where the worker was replaced, or the study did not end well.
+A real study on the tiny stand-in by the ordinary command. After every tenth of the units, and before the last: open
+files, threads and resident memory of the coordinator, the worker, and what the worker has started (the process that
+imports wandb, and wandb's own service), from /proc. Exits with 1 where the worker was replaced, or the study did not
+end well.
 """
 
 from __future__ import annotations

@@ -394,21 +394,21 @@ def test_memory_that_runs_out_is_one_line(
 
 
 def test_every_unit_records_what_every_affordable_rule_says(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
-    result = run_unit(quick(proxy_domain="viper"), tmp_path / "recorded", data_root=standin_tiny)
+    result = run_unit(quick(proxy_domain="ilids"), tmp_path / "recorded", data_root=standin_tiny)
     selection, plain = result.selection, Result.read(finished)
     assert list(selection.scores) == ["source_validation", "proxy_domain", "oracle"]
     assert selection.score == selection.scores["source_validation"] == plain.selection.score
     assert selection.scores["oracle"] == result.mAP == plain.mAP  # the proxy domain changes nothing that is learnt
     assert result.unit != plain.unit
     assert result.training == plain.training
-    config = quick(selection="proxy_domain", proxy_domain="viper")
+    config = quick(selection="proxy_domain", proxy_domain="ilids")
     chosen = run_unit(config, tmp_path / "chosen", data_root=standin_tiny)
     assert chosen.selection.score == selection.scores["proxy_domain"]
     rows = read_metrics(tmp_path / "chosen" / "metrics.jsonl")
     assert [row["step"] for row in rows if "val/proxy_domain" in row] == [4, 8]
     assert not any("oracle" in key for row in rows for key in row)
-    # The same network, tested by hand on VIPeR as on any target.
-    task = build_task("protocol1", "viper", standin_tiny)
+    # The same network, tested by hand on i-LIDS as on any target.
+    task = build_task("protocol1", "ilids", standin_tiny)
     method = lda.load(tmp_path / "chosen" / "checkpoint.pt")
     found = Evaluator(task.test_splits, config, torch.device("cpu"))(method)
     assert found.mAP == pytest.approx(chosen.selection.score, abs=1e-6)
