@@ -57,6 +57,7 @@ def page(address: str, profile: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+@pytest.mark.slow
 def test_a_study_is_shown(tmp_path: Path) -> None:
     spec = resolve(load(study_file("protocol3")), study_file("protocol3"))
     url = storage_url(None, tmp_path)

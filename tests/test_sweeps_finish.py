@@ -54,6 +54,7 @@ def test_a_study_of_baselines_has_nothing_to_draw(spec: StudySpec, tmp_path: Pat
     assert "buffer_bank" not in run.replace("buffer_bank_norm", "")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_is_one_line_and_the_table_is_logged(
     spec: StudySpec, tmp_path: Path, capfd: Capture
 ) -> None:
