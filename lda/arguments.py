@@ -10,6 +10,7 @@ import argparse
 import errno
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,11 @@ class Parser(argparse.ArgumentParser):
 
     To be used inside `lda.command.exit_code`.
     """
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """As argparse does, which keeps to itself that nothing could be written."""
+        if message:
+            (file or sys.stderr).write(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does. Raises UsageError for a mistake, also for an environment that no command can work in."""

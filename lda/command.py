@@ -27,7 +27,11 @@ def exit_code(work: Callable[[], int | None]) -> int:
     """
     open_streams()
     try:
-        code = work() or 0
+        try:
+            code = work() or 0
+        except SystemExit:  # --help
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()  # here a full disk is still told
         return code
     except UsageError as error:
@@ -161,7 +165,7 @@ def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Callabl
         yield lambda count: None
         return
     if not sys.stderr.isatty():
-        print(title, file=sys.stderr, flush=True)
+        _say(title)
         yield lambda count: None
         return
     from rich.console import Console
