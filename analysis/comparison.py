@@ -306,8 +306,8 @@ def _configuration(study: Study, kind: str, trial: pd.Series, runs: pd.DataFrame
 
 
 def _label(study: Study, kind: str, trial: pd.Series, title: str, method: str) -> str:
-    if study.record.rows:
-        return study.record.rows[str(trial["name"]).removeprefix("trial-")].title
+    if (row := study.title_of(str(trial["name"]))) is not None:
+        return row
     if study.record.compare:
         return f"{title}, best of {len(study.trials_of(method))}" if kind == "best" else title
     searched = int((study.trials["origin"] != "baseline").sum())

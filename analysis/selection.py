@@ -10,9 +10,10 @@ rules, never to choose a run.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,12 +97,7 @@ def read_runs(study: Study) -> Runs:
     scores = {rule.removeprefix(RULE): cube(rule) for rule in rules}
     methods = [str(finished.loc[finished["trial"] == name, "method"].iloc[0]) for name in names]
     whole = {rule: values for rule, values in scores.items() if not np.isnan(values).any()}
-    return Runs(names, [_label(study, name) for name in names], methods, common, cube("mAP"), whole)
-
-
-def _label(study: Study, name: str) -> str:
-    row = study.record.rows.get(name.removeprefix("trial-"))
-    return row.title if row is not None else name
+    return Runs(names, [study.title_of(name) or name for name in names], methods, common, cube("mAP"), whole)
 
 
 # --- how good a rule is ----------------------------------------------------------------------------------------------
@@ -148,24 +144,24 @@ def table(study: Study, runs: Runs) -> Grid:
     main = most_frequent(runs)
     own = [index for index, method in enumerate(runs.methods) if method == main]
     defaults = _defaults(study, runs)
-    draws = _drawn(len(runs.names))
+    whole, within = _bootstrapped(runs), _bootstrapped(runs.of(own))
+
+    def cell(sample: list[Runs], measure: Callable[[Runs], float], decimals: str) -> str:
+        first, *draws = map(measure, sample)
+        return f"{first:{decimals}} {interval(draws)}"
+
     rows = []
     for rule in runs.scores:
-        cells = [rule, f"{rho(runs, rule):+.2f} {interval([rho(runs.of(draw), rule) for draw in draws])}"]
-        if len(own) >= _FEWEST:
-            within = runs.of(own)
-            spread = interval([rho(within.of(draw), rule) for draw in _drawn(len(own))])
-            cells.append(f"{rho(within, rule):+.2f} {spread}")
-        else:
-            cells.append("-")
-        cells.append(f"{regret(runs, rule):.1f} {interval([regret(runs.of(draw), rule) for draw in draws])}")
-        if defaults is None:
-            cells.append("-")
-        else:
-            cells.append(
-                f"{gain(runs, rule, defaults):+.1f} {interval([gain(runs.of(draw), rule, defaults) for draw in draws])}"
-            )
-        rows.append(cells)
+        ordering, losing = functools.partial(rho, rule=rule), functools.partial(regret, rule=rule)
+        rows.append(
+            [
+                rule,
+                cell(whole, ordering, "+.2f"),
+                cell(within, ordering, "+.2f") if len(own) >= _FEWEST else "-",
+                cell(whole, losing, ".1f"),
+                "-" if defaults is None else cell(whole, functools.partial(gain, rule=rule, defaults=defaults), "+.1f"),
+            ]
+        )
     configurations, targets, seeds = runs.mAP.shape
     columns = [
         ("Spearman's rho with the target's mAP", f"all {configurations} configurations"),
@@ -182,8 +178,11 @@ def table(study: Study, runs: Runs) -> Grid:
     return Grid("How well each selection rule orders runs", columns, rows, notes)
 
 
-def _drawn(count: int) -> list[list[int]]:
-    return np.random.default_rng(0).integers(count, size=(_DRAWS, count)).tolist()  # type: ignore[no-any-return]
+def _bootstrapped(runs: Runs) -> list[Runs]:
+    """The runs, then so many draws of their configurations, with replacement."""
+    count = len(runs.names)
+    draws = np.random.default_rng(0).integers(count, size=(_DRAWS, count)).tolist()
+    return [runs, *map(runs.of, draws)]
 
 
 def _defaults(study: Study, runs: Runs) -> float | None:

@@ -108,6 +108,11 @@ class Study:
         """The best of the complete trials other than the defaults, whether or not it is better than they are."""
         return self._best(self.trials[self.trials["origin"] == "search"])
 
+    def title_of(self, trial: str) -> str | None:
+        """A row's name in print by its trial's name; None where no row is compared under it."""
+        row = self.record.rows.get(trial.removeprefix("trial-"))
+        return None if row is None else row.title
+
     def trials_of(self, method: str) -> pd.DataFrame:
         """The trials of a method, or of a row, where several are compared."""
         if self.record.rows:

@@ -133,9 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from lda.data.sources import build_task
     from lda.data.standin.tree import ensure_standin
     from lda.data.survey import is_standin
+    from lda.unit import task_of
 
     for name in options.methods:
         methods.find(name)
@@ -147,9 +147,7 @@ def _measure(options: argparse.Namespace) -> None:
             f"--rounds: {options.rounds} need {needed} steps with what comes before and after, and the settings have "
             f"{there}; give fewer, or --set steps_per_epoch={-(-needed // config.schedule.epochs)}"
         )
-    run, fraction = config.run, config.selection.validation_fraction
-    root = options.data_root or ensure_standin()
-    task = build_task(run.protocol, run.target, root, config.data, validation_fraction=fraction)
+    task = task_of(config, options.data_root or ensure_standin())
     print(table(recipe, changes, list(dict.fromkeys([methods.CONTROL, *options.methods])), task, options.rounds))
 
 

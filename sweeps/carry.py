@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import os
 import shutil
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 from lda.arguments import checked, existing_file, existing_folder, output_file, output_folder, path
 from lda.command import exit_code
 from lda.errors import FailedError, UsageError
-from lda.files import read_json, write_json
+from lda.files import read_json, sha256_of, write_json
 from lda.runs import RESULT, UnitFolder, finished, record_files, unit_folders
 from sweeps.list.addresses import DATABASE, VARIABLE, asked_for, has_password, storage_url
 from sweeps.run import StudyParser
@@ -102,7 +101,9 @@ def export_study(study: Path, file: Path, url: str, checkpoints: bool) -> None:
 def _pack(members: dict[str, Path], names: dict[str, str], scratch: Path, file: Path) -> None:
     """Write name -> file and their manifest into one archive, which appears complete or not at all."""
     manifest, packed = scratch / MANIFEST, scratch / "packed"
-    write_json(manifest, {"format": _FORMAT, **names, "files": {name: _sha256(path) for name, path in members.items()}})
+    write_json(
+        manifest, {"format": _FORMAT, **names, "files": {name: sha256_of(path) for name, path in members.items()}}
+    )
     with tarfile.open(packed, "w:gz") as tar:
         for member, source in {MANIFEST: manifest, **members}.items():
             tar.add(source, member, recursive=False)
@@ -145,11 +146,6 @@ def _study(storage: Any, name: str) -> Any:
     import optuna
 
     return optuna.load_study(study_name=name, storage=storage)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- import ----------------------------------------------------------------------------------------------------------
@@ -203,7 +199,7 @@ def _unpack(file: Path, into: Path) -> dict[str, Any]:
     for name in sorted(present ^ set(manifest["files"])):
         raise UsageError(f"{file}: {name} is {'not in its manifest' if name in present else 'missing'}")
     for name, digest in manifest["files"].items():
-        if _sha256(into / name) != digest:
+        if sha256_of(into / name) != digest:
             raise UsageError(f"{file}: {name} is damaged; copy the file again")
     return manifest
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lda.command import cores
-from lda.files import atomic
+from lda.files import atomic, sha256_of
 
 FORMAT = 1
 
@@ -40,9 +40,7 @@ def file_digest(path: Path | str) -> str:
     now = stamp(name)
     known = _SOUND.get(name)
     if known is None or known[0] != now:
-        with open(name, "rb") as file:
-            known = now, hashlib.file_digest(file, "sha256").hexdigest()
-        _SOUND[name] = known
+        known = _SOUND[name] = now, sha256_of(Path(name))
     return known[1]
 
 

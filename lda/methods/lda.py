@@ -30,7 +30,6 @@ at the target, on Network-E.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -91,7 +90,7 @@ from lda.parts.losses import (
     identity_loss,
     scale_of,
 )
-from lda.settings import Range, setting
+from lda.settings import Range, setting, settings_of
 
 Donor = Literal[
     "uniform", "round_robin", "per_image", "per_layer", "nearest", "farthest", "all", "own", "gaussian", "other_images"
@@ -185,12 +184,12 @@ class LDASettings(IdentitySettings, CameraSettings):
 
     def _refuse_without(self, what: str, there: bool, cause: str, names: Sequence[str]) -> None:
         """Raises UsageError for a setting that would change nothing."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in names:
-            if not there and getattr(self, name) != defaults[name]:
+            default = settings_of(LDASettings)[name].default
+            if not there and getattr(self, name) != default:
                 raise UsageError(
                     f"{name}: {getattr(self, name)!r} needs {what}, but {cause} is {getattr(self, cause)}; "
-                    f"leave {name} at {defaults[name]}"
+                    f"leave {name} at {default}"
                 )
 
 
@@ -320,10 +319,7 @@ class LDA(Method):
     def _maps(self, images: Tensor, route: Route) -> list[Tensor]:
         """The maps that the latent losses watch, the last of them the network's output."""
         with self.switch.on(route):
-            maps: Tensor | list[Tensor] = (
-                self.backbone.stage_maps(images) if len(self.stage_banks) else self.backbone(images)
-            )
-        return maps if isinstance(maps, list) else [maps]
+            return self.backbone.stage_maps(images) if len(self.stage_banks) else [self.backbone(images)]
 
     def _identity(self, head: Head, features: Tensor, labels: Tensor, domain: int, path: str) -> Losses:
         group = domain if self.settings.classifier == "per_domain" else 0
