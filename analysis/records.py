@@ -122,6 +122,7 @@ class StudyRecord:
         compare: methods, or rows, that it compares, the control first; empty where it is of one method.
         rows: name -> row; empty where methods are compared as they are.
         compute: what all runs have as many of, steps or passes.
+        preset: recipe that every run began with.
         command: as typed.
         commit, dirty, versions: of the code, whether it had local changes, and of the packages.
     """
@@ -143,6 +144,7 @@ class StudyRecord:
     compare: tuple[str, ...] = ()
     rows: dict[str, Row] = field(default_factory=dict)
     compute: str = "steps"
+    preset: str = ""
 
 
 @dataclass(frozen=True)

@@ -75,11 +75,24 @@ def conditions(study: Study, table: pd.DataFrame) -> list[tuple[str, str]]:
         ("inference", ", ".join([*each["inference"], *(flip[word] for word in each["flip_test"])])),
         ("CUHK03 images", f"{', '.join(each['cuhk03_boxes'])} boxes, {', '.join(each['cuhk03_protocol'])} protocol"),
         ("numbers", "percent" + (_spread_line(study) if seeds > 1 and splits == 1 else "")),
-        *([("compute", f"equal {study.record.compute}")] if study.record.compare else []),
+        ("budget", budget_line(study, table)),
         ("mAP", f"average precision by {', '.join(each['average_precision'])}"),
         *mixed_code(each["code"], each["torch"]),
         *what_is_missing(study.flaws),
     ]
+
+
+def budget_line(study: Study, table: pd.DataFrame) -> str:
+    """How long the runs trained: numbers of different budgets do not compare."""
+    steps, passes = (_span(values) for values in (table["steps"], table["steps"] * table["train_passes"]))
+    preset = f"preset {study.record.preset}: " if study.record.preset else ""
+    equal = f"; equal {study.record.compute} for all" if study.record.compare else ""
+    return f"{preset}{steps} steps a run, {passes} training passes{equal}"
+
+
+def _span(values: pd.Series) -> str:
+    low, high = f"{values.min():.0f}", f"{values.max():.0f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def what_is_missing(flaws: Sequence[Flaw]) -> list[tuple[str, str]]:

@@ -55,8 +55,12 @@ METHOD = Setting(
     test=False,
 )
 
-PRESETS = ("real", "standin")
-"""Named starting points: the ResNet-50 recipe for real data, and what the small stand-in runs need."""
+PRESETS = ("real", "standin", "standin_long")
+"""Named starting points: the ResNet-50 recipe for real data; a quick look at the stand-in; the stand-in until training
+has settled."""
+
+_LONG = {"steps_per_epoch": 160, "log_every": 40}
+"""What `standin_long` changes of `standin`; the steps are those that the study `budget` found for plain BN."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +180,8 @@ def preset(name: str, **changes: Any) -> Config:
         return from_mapping(changes)
     known = known_settings(changes.get(METHOD.name, METHOD.default))
     standin = {key: setting.standin for key, setting in known.items() if setting.standin is not None}
-    return from_mapping({**standin, **changes})
+    long = _LONG if name == "standin_long" else {}
+    return from_mapping({**standin, **long, **changes})
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:

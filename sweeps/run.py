@@ -28,7 +28,7 @@ from lda.arguments import (
     whole,
 )
 from lda.command import exit_code, interruptible
-from lda.config import check_files, parse_overrides
+from lda.config import PRESETS, check_files, parse_overrides
 from lda.data.cache import check_cache
 from lda.errors import UsageError
 from lda.tracking import announcement, share_failure
@@ -88,6 +88,11 @@ def parser() -> argparse.ArgumentParser:
         "--compute",
         choices=("steps", "passes"),
         help="what epochs x steps_per_epoch count: steps, or passes through the plain network (default: the study's)",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="recipe of every run (default: real for real data, else the study's or standin)",
     )
     parser.add_argument("--seed", type=whole(0, HIGHEST_STUDY_SEED), metavar="N", help="seed (default: the study's)")
     parser.add_argument(
@@ -227,6 +232,7 @@ def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> Stud
             "--trials": given.trials is not None,
             "--methods": given.methods,
             "--compute": given.compute,
+            "--preset": given.preset,
         }
         if changed := [option for option, value in settled.items() if value]:
             raise UsageError(f"--join takes the study as it runs; leave out {' and '.join(changed)}")
@@ -245,6 +251,7 @@ def _spec(given: argparse.Namespace, file: Path, url: str, folder: Path) -> Stud
         confirm_seeds=given.confirm_seeds,
         compare=given.methods,
         compute=given.compute,
+        preset=given.preset,
     )
 
 

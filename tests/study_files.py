@@ -171,6 +171,7 @@ def write_study(
             },
             "defaults": {"alignment_weight": 0.1, "bank_momentum": 0.9},
             "base": {},
+            "preset": "standin",
             "budget": {"trials": len(scores)},
             "command": "python sweeps/run.py --study protocol3",
             "commit": "0123abc",

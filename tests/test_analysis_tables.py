@@ -175,7 +175,7 @@ def test_oracle_and_real_data_are_named(tmp_path: Path) -> None:
 
 def test_the_conditions_and_labels_of_a_study_of_lda(tmp_path: Path) -> None:
     lines = render(write_study(tmp_path / "study", confirm_seeds=(1,))).splitlines()
-    assert lines[:9] == [
+    assert lines[:10] == [
         "Protocol-3, study study",
         "  data           STAND-IN (drawn pedestrians, no real data set: not comparable with published numbers)",
         "  selection      source_validation (held-out source identities; the target is never looked at)",
@@ -183,10 +183,11 @@ def test_the_conditions_and_labels_of_a_study_of_lda(tmp_path: Path) -> None:
         "  inference      fused, no flip test",
         "  CUHK03 images  labeled boxes, new protocol",
         "  numbers        percent",
+        "  budget         preset standin: 200 steps a run, 200 to 400 training passes",
         "  mAP            average precision by step",
         "",
     ]
-    assert [line.split("  ")[0] for line in lines[12:15]] == [
+    assert [line.split("  ")[0] for line in lines[13:16]] == [
         "baseline, plain BN",
         "LDA, defaults (trial 0)",
         "LDA, best of 3 (trial 1)",

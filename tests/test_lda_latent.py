@@ -57,6 +57,26 @@ def test_distance_is_symmetric_and_least_at_equality(kind: str) -> None:
     assert losses.distance(p, q, kind) > losses.distance(p, p, kind)
 
 
+def test_the_ratio_of_gradients_is_that_of_formulas_and_leaves_the_graphs() -> None:
+    maps = torch.rand(4, 6, 5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    aim = gaussian(1, 6)
+    identity, latent = (
+        0.5 * maps.square().sum(),
+        losses.distance(losses.image_statistics(maps), aim, "w2_squared").sum(),
+    )
+    mean, var = maps.mean((2, 3)).detach(), maps.var((2, 3), correction=0).detach()
+    sd, aimed = (var + 1e-5).sqrt(), (aim.var + 1e-5).sqrt()
+    by_hand = (2 * (mean - aim.mean))[..., None, None] + (2 * (1 - aimed / sd))[..., None, None] * (
+        maps.detach() - mean[..., None, None]
+    )
+    expected = float((by_hand / (6 * 15)).norm() / maps.detach().norm())
+    assert float(losses.gradient_ratio(latent, identity, maps)) == pytest.approx(expected, rel=1e-4)
+    assert float(losses.gradient_ratio(3 * latent, identity, maps)) == pytest.approx(3 * expected, rel=1e-4)
+    assert float(losses.gradient_ratio(latent, 0 * identity, maps)) > 1e30  # large, and a number
+    assert maps.grad is None
+    (latent + identity).backward()  # both graphs are still there
+
+
 def test_statistics_equal_loops(maps: Tensor) -> None:
     batch, images = batch_statistics(maps), losses.image_statistics(maps)
     for c in range(maps.shape[1]):

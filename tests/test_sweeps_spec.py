@@ -58,6 +58,11 @@ def test_real_data_takes_the_real_preset(tmp_path: Path) -> None:
     path = write(tmp_path)
     assert read(path).config("cuhk03", 0, {}).network.backbone == "small"
     assert read(path, real_data=True).config("cuhk03", 0, {}).network.backbone == "resnet50"
+    steps = read(path).config("cuhk03", 0, {}).schedule.total_steps
+    long = write(tmp_path, preset="standin_long")
+    assert read(long).config("cuhk03", 0, {}).schedule.total_steps > steps
+    assert read(long, real_data=True).config("cuhk03", 0, {}).network.backbone == "resnet50"
+    assert read(long, real_data=True, preset="standin").config("cuhk03", 0, {}).schedule.total_steps == steps
 
 
 def test_fresh_seeds_of_the_confirmation(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ from lda.parts.latent import (
     Latent,
     alignment_loss,
     consistency_loss,
+    gradient_ratio,
     image_statistics,
     latent_distribution,
 )
@@ -287,7 +288,8 @@ class LDA(Method):
         losses["loss/consistency"] = _mean(  # Eq. (9)
             [consistency_loss(maps, latent, settings.distance) for maps, latent in zip(maps_e, latents, strict=True)]
         )
-        total = losses["loss/id_e"] + settings.triplet_weight * losses["loss/triplet_e"]
+        total = self._of_identity(losses, "e")
+        losses["gradient/consistency"] = gradient_ratio(losses["loss/consistency"], total, maps_e[-1])
         ramp = self.latent_ramp(step)
         total = total + ramp * settings.consistency_weight * losses["loss/consistency"]
 
@@ -314,7 +316,13 @@ class LDA(Method):
                 for maps, aim in zip(maps_a, aims, strict=True)
             ]
         )
+        identity = self._of_identity(losses, "a")
+        losses["gradient/alignment"] = gradient_ratio(losses["loss/alignment"], identity, maps_a[-1])
         return losses
+
+    def _of_identity(self, losses: Losses, path: str) -> Tensor:
+        """CE + Tri of Eq. (11) on one path."""
+        return losses[f"loss/id_{path}"] + self.settings.triplet_weight * losses[f"loss/triplet_{path}"]
 
     def _maps(self, images: Tensor, route: Route) -> list[Tensor]:
         """The maps that the latent losses watch, the last of them the network's output."""

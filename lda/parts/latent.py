@@ -86,3 +86,16 @@ def alignment_loss(aligned_maps: Tensor, latent: Gaussian, kind: Distance = "w2"
     if not per_image:
         images = Gaussian(images.mean.mean(0), images.var.mean(0))
     return distance(images, latent, kind).mean()
+
+
+def gradient_ratio(latent_loss: Tensor, identity_loss: Tensor, last_map: Tensor) -> Tensor:
+    """Norm of a latent loss's gradient at the map (N, C, h, w) it is a function of, over that of the identity losses.
+
+    Times the loss's weight it says how hard the loss pulls at the network; both graphs stay as they are.
+    """
+
+    def norm(loss: Tensor) -> Tensor:
+        gradient: Tensor = torch.autograd.grad(loss, last_map, retain_graph=True)[0]
+        return gradient.float().norm()
+
+    return norm(latent_loss) / norm(identity_loss).clamp_min(torch.finfo(torch.float32).tiny)

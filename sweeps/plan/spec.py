@@ -119,7 +119,7 @@ class StudySpec:
         protocol: see lda/protocols.py.
         search, confirm: see there.
         targets: order in which a trial's units run; all of the protocol by default.
-        preset: lda.config.PRESETS; by default "real" with a data root and "standin" without.
+        preset: of `lda.config.PRESETS`, on the stand-in; "standin" by default. Real images take "real".
         standin: scale of the stand-in domains.
         base: settings that differ from the preset, for every trial; `method` is one of them.
         methods: method -> settings of its own that differ from the preset, whenever it runs.
@@ -141,7 +141,7 @@ class StudySpec:
     search: Search
     confirm: Confirm = field(default_factory=Confirm)
     targets: tuple[str, ...] = ()
-    preset: Literal["standin", "real"] | None = None
+    preset: Literal["standin", "standin_long", "real"] | None = None
     standin: Literal["tiny", "small", "full"] = "small"
     base: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -135,11 +135,13 @@ def resolve(
     confirm_seeds: int | None = None,
     compare: Sequence[str] | None = None,
     compute: Literal["steps", "passes"] | None = None,
+    preset: Literal["standin", "standin_long", "real"] | None = None,
 ) -> StudySpec:
     """Apply the command line, fill what was left to defaults, and check every value against lda.config.
 
     `overrides` are typed settings (lda.config.parse_overrides); one that the study sweeps is fixed instead. `compare`
-    picks among the methods of a study that compares them. Raises UsageError naming the file and the key.
+    picks among the methods of a study that compares them; `preset` counts for any images. Raises UsageError naming the
+    file and the key.
     """
     overrides = dict(overrides or {})
     _refuse_study_keys(overrides, "--set ")
@@ -164,7 +166,7 @@ def resolve(
             compute=compute or spec.compute,
             seed=spec.seed if seed is None else seed,
             targets=spec.targets or protocol.targets,
-            preset=spec.preset or ("real" if real_data else "standin"),
+            preset=preset or ("real" if real_data else spec.preset or "standin"),
             base={key: value for key, value in base.items() if key not in own},
             methods={**spec.methods, **{method: _with_own(spec, method, own) for method in run}},
         )
