@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,28 @@ def test_real_data_takes_the_real_preset(tmp_path: Path) -> None:
     assert read(long).config("cuhk03", 0, {}).schedule.total_steps > steps
     assert read(long, real_data=True).config("cuhk03", 0, {}).network.backbone == "resnet50"
     assert read(long, real_data=True, preset="standin").config("cuhk03", 0, {}).schedule.total_steps == steps
+
+
+def test_settings_of_a_target(tmp_path: Path) -> None:
+    path = write(tmp_path, per_target={"msmt17": {"steps_per_epoch": 7}})
+    steps = {target: read(path).config(target, 0, {}).schedule.steps_per_epoch for target in ("cuhk03", "msmt17")}
+    assert steps == {"cuhk03": 20, "msmt17": 7}
+    assert read(path, overrides={"steps_per_epoch": 3}).config("msmt17", 0, {}).schedule.steps_per_epoch == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"msmt": {}}, "msmt17"),
+        ({"msmt17": {"seed": 3}}, "per_target.msmt17.seed: is set for the whole study, use --seed"),
+        ({"msmt17": {"steps_per_epok": 3}}, "did you mean 'steps_per_epoch'"),
+        ({"msmt17": {"epochs": 0}}, "per_target.msmt17.epochs: 0 is out of range"),
+        ({"msmt17": {"bank_momentum": 0.5}}, "per_target.msmt17.bank_momentum: is set for every target alike"),
+    ],
+)
+def test_settings_of_a_target_that_are_wrong(tmp_path: Path, settings: Any, expected: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(expected)):
+        read(write(tmp_path, per_target=settings))
 
 
 def test_fresh_seeds_of_the_confirmation(tmp_path: Path) -> None:

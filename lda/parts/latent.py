@@ -96,6 +96,6 @@ def gradient_ratio(latent_loss: Tensor, identity_loss: Tensor, last_map: Tensor)
 
     def norm(loss: Tensor) -> Tensor:
         gradient: Tensor = torch.autograd.grad(loss, last_map, retain_graph=True)[0]
-        return gradient.float().norm()
+        return torch.linalg.vector_norm(gradient.float())
 
     return norm(latent_loss) / norm(identity_loss).clamp_min(torch.finfo(torch.float32).tiny)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lda import methods
 from lda.config import METHOD
@@ -35,6 +36,11 @@ def preview(name: str, spec: StudySpec, data: str, fixed: Sequence[str], where: 
             ("target", f"{title(target)} from {', '.join(title(s) for s in protocol.sources(target))}")
             for target in spec.targets
         ),
+        *(
+            ("", f"for {title(target)} {_settings(settings)}")
+            for target, settings in spec.per_target.items()
+            if settings
+        ),
         ("selection", spec.selection),
         ("search", _search(spec)),
         *(("", f"{key}: {_axis(spec, key)}") for key in search.space),
@@ -64,6 +70,10 @@ def _steps(spec: StudySpec, method: str) -> str:
         return text
     passes = train_passes(config)
     return f"{text} of {passes:.3g} passes: {schedule.total_steps * passes:.0f} passes"
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def _search(spec: StudySpec) -> str:

@@ -123,6 +123,7 @@ class StudySpec:
         standin: scale of the stand-in domains.
         base: settings that differ from the preset, for every trial; `method` is one of them.
         methods: method -> settings of its own that differ from the preset, whenever it runs.
+        per_target: target -> settings that differ for it, such as its number of steps; `--set` is above them.
         compare: methods that run side by side, each searched by its own settings with the same number of trials;
             "all": every one there is. Empty: the study is of one method.
         rows: name -> row, in the place of `compare`: methods with settings, several of one method if need be; the row
@@ -145,6 +146,7 @@ class StudySpec:
     standin: Literal["tiny", "small", "full"] = "small"
     base: dict[str, Any] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    per_target: dict[str, dict[str, Any]] = field(default_factory=dict)
     compare: tuple[str, ...] | Literal["all"] = ()
     rows: dict[str, Row] = field(default_factory=dict)
     compute: Literal["steps", "passes"] = "steps"
@@ -160,7 +162,9 @@ class StudySpec:
         name = changes.get(METHOD.name, self.method)
         row = {**self.rows[name].set, METHOD.name: self.method_of(name)} if name in self.rows else {}
         own = self.methods.get(self.method_of(name), {})
-        config = preset(self.preset, **{**self.base, **own, **changes, **row, **where})
+        config = preset(
+            self.preset, **{**self.base, **own, **changes, **row, **self.per_target.get(target, {}), **where}
+        )
         return config if self.compute == "steps" else at_equal_passes(config)
 
     @property

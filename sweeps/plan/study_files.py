@@ -153,6 +153,9 @@ def resolve(
         if len(set(spec.targets)) < len(spec.targets):
             raise UsageError(f"targets: each once, got {list(spec.targets)}")
         _refuse_study_keys(spec.base, "base.")
+        for target, settings in spec.per_target.items():
+            protocol.sources(target)
+            _refuse_study_keys(settings, f"per_target.{target}.")
         base = {**spec.base, **overrides}
         run = tuple(dict.fromkeys(map(spec.method_of, spec.entrants))) or (str(base.get(METHOD.name, METHOD.default)),)
         own = {key: value for key, value in base.items() if key not in COMMON and key != METHOD.name}
@@ -168,6 +171,10 @@ def resolve(
             targets=spec.targets or protocol.targets,
             preset=preset or ("real" if real_data else spec.preset or "standin"),
             base={key: value for key, value in base.items() if key not in own},
+            per_target={
+                target: {key: value for key, value in settings.items() if key not in overrides}
+                for target, settings in spec.per_target.items()
+            },
             methods={**spec.methods, **{method: _with_own(spec, method, own) for method in run}},
         )
         for key in spec.search.space:
@@ -309,6 +316,13 @@ def _checked_rows(spec: StudySpec) -> StudySpec:
 
 def _typed(spec: StudySpec) -> StudySpec:
     """The settings in the types of their lines; raises UsageError for one that a method does not have."""
+    for target, given in spec.per_target.items():
+        if swept := given.keys() & {*spec.search.space, METHOD.name}:
+            raise UsageError(f"per_target.{target}.{min(swept)}: is set for every target alike; leave it out here")
+        try:
+            preset(spec.preset or "standin", **{**spec.base, **given})
+        except UsageError as error:
+            raise UsageError(f"per_target.{target}.{error}") from None
     values = preset(spec.preset or "standin", **spec.base).to_dict()
     own = {}
     for method, given in spec.methods.items():
