@@ -98,6 +98,25 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
     return _holm_corrected(table) if study.record.rows else table
 
 
+def seed_table(study: Study | Path) -> pd.DataFrame:
+    """What stands behind `protocol_table`: one row per configuration, target (or average over them) and seed.
+
+    Columns: configuration, label, target, seed; mAP, rank1: percent. Raises as `protocol_table` does.
+    """
+    study = study if isinstance(study, Study) else load_study(study)
+    rows = []
+    for configuration in _configurations(study):
+        for target in [*study.targets, AVERAGE]:
+            targets = study.targets if target == AVERAGE else [target]
+            values = {metric: configuration.percent(metric, targets).mean(axis=0) for metric in METRICS}
+            about = {"configuration": configuration.kind, "label": configuration.label, "target": target}
+            rows += [
+                {**about, "seed": seed, **{metric: own[place] for metric, own in values.items()}}
+                for place, seed in enumerate(sorted(configuration.runs["seed"].unique()))
+            ]
+    return pd.DataFrame(rows)
+
+
 def _holm_corrected(table: pd.DataFrame) -> pd.DataFrame:
     """The p of every kind of difference, corrected over the rows of each target."""
     for column in (f"{metric}_{kind}_p" for metric in METRICS for kind in ("gain", "step")):

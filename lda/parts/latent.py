@@ -96,6 +96,7 @@ def gradient_ratio(latent_loss: Tensor, identity_loss: Tensor, last_map: Tensor)
 
     def norm(loss: Tensor) -> Tensor:
         gradient: Tensor = torch.autograd.grad(loss, last_map, retain_graph=True)[0]
-        return torch.linalg.vector_norm(gradient.float())
+        length: Tensor = torch.linalg.vector_norm(gradient.float())
+        return length
 
     return norm(latent_loss) / norm(identity_loss).clamp_min(torch.finfo(torch.float32).tiny)
