@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lda.bank_distance import row_distances
 from lda.errors import UsageError, unknown
 
 STATISTICS = ("mean", "standard deviation")
@@ -100,17 +101,8 @@ def channel_curves(bank: Bank, layers: Sequence[str], channels: int = 32, relati
 
 
 def layer_distances(bank: Bank) -> NDArray[np.float64]:
-    """(layers, K, K): 2-Wasserstein distance of two domains' diagonal Gaussians in a layer, over sqrt(C).
-
-    W2 = sqrt(sum_c (mu_a - mu_b)^2 + (sigma_a - sigma_b)^2); divided by sqrt(C) it is a root mean square over channels,
-    so that wide layers count no more than narrow ones.
-    """
-    found = []
-    for layer in bank.layers:
-        mean, std = bank.mean[layer], bank.std[layer]
-        square = (mean[:, None] - mean) ** 2 + (std[:, None] - std) ** 2  # (K, K, C)
-        found.append(np.sqrt(square.mean(axis=2)))
-    return np.stack(found)
+    """(layers, K, K): see `lda.bank_distance.row_distances`."""
+    return np.stack([row_distances(bank.mean[layer], bank.std[layer]) for layer in bank.layers])
 
 
 def domain_distances(bank: Bank) -> pd.DataFrame:

@@ -369,6 +369,8 @@ class _Unit:
         """Check, save and validate where it is time for it. Returns the score of a validation."""
         epoch = self._epoch()
         self.trainer.check_weights()
+        if course := self.trainer.method.course([source.name for source in self.task.sources]):
+            self._log({"step": self.trainer.step, "epoch": epoch, **course})
         if epoch % self.config.machine.checkpoint_every == 0 or epoch == self.config.schedule.epochs:
             self.check()
             rows = self.run.sync_rows()

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "lda.settings": set(),
     "lda.batch": set(),
     "lda.kept": set(),
+    "lda.bank_distance": set(),
     "lda.code": set(),
     "lda.files": set(),
     "lda.command": set(),
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "lda.device": {"lda.groups", "lda.command"},
     "lda.data": {"lda.protocols", "lda.settings", "lda.batch", "lda.arguments", "lda.command", "lda.files", "lda.data"},
     # What a method is made of, the methods, and what joins their settings.
-    "lda.parts": {"lda.batch", "lda.groups", "lda.kept", "lda.settings", "lda.parts"},
+    "lda.parts": {"lda.bank_distance", "lda.batch", "lda.groups", "lda.kept", "lda.settings", "lda.parts"},
     "lda.methods": {
         "lda.arguments",
         "lda.batch",
@@ -67,6 +68,7 @@ MAY_IMPORT = {
     "sweeps": {"lda", "sweeps"},
     "analysis": {
         "lda.arguments",
+        "lda.bank_distance",
         "lda.command",
         "lda.data.catalogue",
         "lda.files",

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lda.parts.bank import BufferBank
+from analysis.bank_numbers import domain_distances, read_bank
+from lda.parts.bank import BufferBank, pair_distances
 from lda.parts.bank_pictures import draw_banks, kept_banks, tabulate_banks
 from lda.runs import BUFFER_BANK
 
@@ -49,6 +50,19 @@ def test_bank_file_holds_the_bank(tmp_path: Path, banks: dict[str, BufferBank]) 
             np.testing.assert_array_equal(arrays[f"mean/{layer}"], bank.mean.numpy())
             np.testing.assert_array_equal(arrays[f"var/{layer}"], bank.var.numpy())
             assert arrays[f"count/{layer}"].tolist() == [1, 1, 1]
+
+
+def test_distances_of_pairs_are_those_of_the_file(tmp_path: Path, banks: dict[str, BufferBank]) -> None:
+    np.savez(tmp_path / "bank.npz", **kept_banks(["a", "b", "c"], banks)[BUFFER_BANK].arrays)
+    expected = domain_distances(read_bank(tmp_path / "bank.npz"))
+    found = pair_distances(["a", "b", "c"], banks)
+    assert found.keys() == {"bank/a-b", "bank/a-c", "bank/b-c"}
+    for name, distance in found.items():
+        first, second = name.removeprefix("bank/").split("-")
+        assert distance == pytest.approx(expected.loc[first, second], rel=1e-6)
+    banks["output"].counts[1] = 0  # a domain that some layer never saw has no distance
+    assert pair_distances(["a", "b", "c"], banks).keys() == {"bank/a-c"}
+    assert pair_distances(["a", "b", "c"], {}) == {}
 
 
 def test_bank_picture_and_table(banks: dict[str, BufferBank]) -> None:

@@ -207,6 +207,10 @@ class Method(nn.Module):
 
     # --- what is left ------------------------------------------------------------------------------------------------
 
+    def course(self, domains: list[str]) -> dict[str, float]:
+        """Name -> number to log at the end of an epoch, of what the method remembers; `domains`: the K sources."""
+        return {}
+
     def kept(self, domains: list[str]) -> dict[str, Kept]:
         """Name -> what the run folder keeps of a trained method; `domains`: names of the K sources."""
         return {}

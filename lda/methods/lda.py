@@ -57,7 +57,7 @@ from lda.parts.anti_norm import (
     named_banks,
 )
 from lda.parts.backbones import backbone_of
-from lda.parts.bank import BufferBank
+from lda.parts.bank import BufferBank, pair_distances
 from lda.parts.bank_pictures import kept_banks
 from lda.parts.camera_statistics import CameraSettings, images_of_camera, take_camera_statistics
 from lda.parts.donors import by_distance, draw_donor, draw_donors
@@ -461,6 +461,9 @@ class LDA(Method):
 
     def kept(self, domains: list[str]) -> dict[str, Kept]:
         return kept_banks(domains, dict(self.banks()))
+
+    def course(self, domains: list[str]) -> dict[str, float]:
+        return pair_distances(domains, dict(self.banks()))
 
 
 def _banks(modules: nn.ModuleList) -> list[BufferBank]:

@@ -43,7 +43,7 @@ from lda.groups import Setup
 from lda.kept import Kept
 from lda.methods.base import Cost, Losses, Method
 from lda.parts.backbones import Backbone, backbone_of, convert_norm
-from lda.parts.bank import BufferBank
+from lda.parts.bank import BufferBank, pair_distances
 from lda.parts.bank_pictures import kept_banks
 from lda.parts.donors import draw_donor
 from lda.parts.heads import Head, gem
@@ -293,6 +293,9 @@ class ReNorm(Method):
 
     def kept(self, domains: list[str]) -> dict[str, Kept]:
         return kept_banks(domains, dict(self.banks()))
+
+    def course(self, domains: list[str]) -> dict[str, float]:
+        return pair_distances(domains, dict(self.banks()))
 
 
 def _shifting(head: Head) -> Head:

@@ -5,6 +5,7 @@ Shapes: K source domains, C channels; row k of a bank holds domain k.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from lda.bank_distance import row_distances
 
 
 class BufferBank(nn.Module):
@@ -69,6 +72,20 @@ class BufferBank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_domains={len(self.counts)}, num_features={self.mean.shape[1]}, momentum={self.momentum}"
+
+
+def pair_distances(domains: Sequence[str], banks: Mapping[str, BufferBank]) -> dict[str, float]:
+    """`bank/<a>-<b>` -> `row_distances` of two domains, mean over layers, for every pair that all layers have seen."""
+    if not banks:
+        return {}
+    seen = sorted(set.intersection(*(set(bank.seen()) for bank in banks.values())))
+    rows = [
+        row_distances(bank.mean[seen].double().cpu().numpy(), bank.var[seen].double().sqrt().cpu().numpy())
+        for bank in banks.values()
+    ]
+    between = np.mean(rows, axis=0)
+    pairs = itertools.combinations(range(len(seen)), 2)
+    return {f"bank/{domains[seen[a]]}-{domains[seen[b]]}": float(between[a, b]) for a, b in pairs}
 
 
 def bank_arrays(domains: Sequence[str], banks: Mapping[str, BufferBank]) -> dict[str, NDArray[Any]]:
