@@ -2,8 +2,9 @@
 
     python analysis/buffer_bank.py runs/protocol3
 
-Writes buffer_bank.png and .pdf (curves of some channels), buffer_bank.csv (all statistics), and
-buffer_bank_distances.png, .pdf and .csv (2-Wasserstein distance of every pair of domains).
+Writes buffer_bank.png and .pdf (curves of some channels), buffer_bank.csv (all statistics),
+buffer_bank_distances.png, .pdf and .csv (2-Wasserstein distance of every pair of domains), and of three domains or more
+buffer_bank_pairs.png, .pdf and .csv (the domains as a tree, their distances over layers and over training).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from analysis.bank_numbers import (
     domain_distances,
     read_bank,
 )
+from analysis.bank_pairs import closeness, named_pair, pairs_figure, pairs_of_layers
 from analysis.house_style import colour, marker, new_figure, save, style
 from analysis.records import tell
 from analysis.study import Study, load_study, print_name
@@ -206,6 +208,8 @@ def bank_figures(
     if len(bank.domains) > 1:
         title = f"2-Wasserstein distance of Buffer Bank rows, mean over {len(bank.layers)} layers\n{source.title}"
         figures["buffer_bank_distances"] = distance_figure(domain_distances(bank), title)
+    if (pairs := pairs_figure(bank, source.unit, f"Buffer Bank, {source.title}")) is not None:
+        figures["buffer_bank_pairs"] = pairs
     return figures
 
 
@@ -216,6 +220,7 @@ def bank_numbers(bank: Bank) -> dict[str, pd.DataFrame]:
     numbers = {"buffer_bank": wide}
     if len(bank.domains) > 1:
         numbers["buffer_bank_distances"] = domain_distances(bank).reset_index()
+        numbers["buffer_bank_pairs"] = pairs_of_layers(bank)
     return numbers
 
 
@@ -243,6 +248,11 @@ def describe(source: Source) -> str:
         lines.append("2-Wasserstein distance, closest first:")
         for first, second, distance in closest_pairs(domain_distances(source.bank)):
             lines.append(f"  {distance:8.4f}  {print_name(first)} - {print_name(second)}")
+    if len(source.bank.domains) > 2:
+        distances = domain_distances(source.bank)
+        first, second = named_pair(distances)
+        share = closeness(distances, first, second)
+        lines.append(f"{print_name(first)} - {print_name(second)} over the mean of the other pairs: {share:.3f}")
     return "\n".join(lines)
 
 

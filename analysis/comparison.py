@@ -98,23 +98,23 @@ def protocol_table(study: Study | Path) -> pd.DataFrame:
     return _holm_corrected(table) if study.record.rows else table
 
 
-def seed_table(study: Study | Path) -> pd.DataFrame:
-    """What stands behind `protocol_table`: one row per configuration, target (or average over them) and seed.
+def counted_runs(study: Study) -> pd.DataFrame:
+    """The runs behind `protocol_table`: rows of `Study.units` with configuration and label, in the table's order.
 
-    Columns: configuration, label, target, seed; mAP, rank1: percent. Raises as `protocol_table` does.
+    Raises as `protocol_table` does.
     """
-    study = study if isinstance(study, Study) else load_study(study)
-    rows = []
-    for configuration in _configurations(study):
-        for target in [*study.targets, AVERAGE]:
-            targets = study.targets if target == AVERAGE else [target]
-            values = {metric: configuration.percent(metric, targets).mean(axis=0) for metric in METRICS}
-            about = {"configuration": configuration.kind, "label": configuration.label, "target": target}
-            rows += [
-                {**about, "seed": seed, **{metric: own[place] for metric, own in values.items()}}
-                for place, seed in enumerate(sorted(configuration.runs["seed"].unique()))
-            ]
-    return pd.DataFrame(rows)
+    parts = [c.runs.assign(configuration=c.kind, label=c.label) for c in _configurations(study)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def seed_table(study: Study) -> pd.DataFrame:
+    """One row per configuration, target (or average over them) and seed: configuration, label, target, seed; mAP,
+    rank1 in percent. Raises as `protocol_table` does."""
+    keys, metrics = ["configuration", "label"], list(METRICS)
+    runs = counted_runs(study)
+    runs = runs.assign(**{metric: 100 * runs[metric].astype(float) for metric in metrics})
+    average = runs.groupby([*keys, "seed"], sort=False, as_index=False)[metrics].mean().assign(target=AVERAGE)
+    return pd.concat([runs, average], ignore_index=True)[[*keys, "target", "seed", *metrics]]
 
 
 def _holm_corrected(table: pd.DataFrame) -> pd.DataFrame:

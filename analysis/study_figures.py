@@ -5,6 +5,7 @@ Every figure has a function that computes a tidy table and one that draws it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from analysis.comparison import CONTROL
 from analysis.house_style import new_figure, style
 from analysis.records import Axis
 from analysis.study import PARAMETER, Study, load_metrics, print_name
@@ -20,10 +22,23 @@ from analysis.study import PARAMETER, Study, load_metrics, print_name
 CURVES = {"loss/total": "training loss", "val/mAP": "mAP on held-out sources, %", "val/oracle": "mAP on the TARGET, %"}
 """Logged scalar -> axis label, of the training curves."""
 
+FEATURES = {
+    "feature/norm": "feature norm",
+    "feature/sigma": "mean deviation\nof the last map",
+    "feature/effective_rank": "effective rank\nof held-out features",
+}
+"""The same of what features do: moments also match by shrinking, and features collapse unseen in a loss."""
+
+_MOST_LINES = 4  # configurations of a comparison whose curves a panel can hold
+
 # Dark enough on white, apart for colour-blind readers, and each with its own shape.
 _DEFAULT: dict[str, Any] = {"color": "#d55e00", "marker": "D", "markersize": 8}
 _SEARCH: dict[str, Any] = {"color": "#0173b2", "marker": "o", "markersize": 6}
 _ENDED: dict[str, Any] = {"color": "0.45", "marker": "x"}
+_BY_PLACE: tuple[dict[str, Any], ...] = (
+    {"color": "0.25", "linestyle": "--"}, {"color": "#0173b2"}, {"color": "#029e73", "linestyle": "-."},
+    {"color": "#cc78bc", "linestyle": ":"},
+)  # fmt: skip
 _ROLES = ["search", "baseline", "default", "best"]  # back to front
 _LINES: dict[str, dict[str, Any]] = {
     "search": {"color": "0.75", "linewidth": 0.8},
@@ -151,16 +166,15 @@ def history_figure(study: Study) -> Figure:
 
 
 def training_curves(study: Study) -> pd.DataFrame:
-    """Logged scalars of every unit: trial, role, target, seed, epoch, curve (key of `CURVES`), value.
+    """Logged scalars of every unit: trial, role, target, seed, epoch, curve (of `CURVES` or `FEATURES`), value.
 
-    role is default, best (the best other trial), baseline or search (the rest). Fractions become percent.
+    role is default, best (the best other trial), baseline or search (the rest); of a comparison, the labels of the
+    baseline and of the rows with the highest mAP. Fractions become percent.
     """
-    best, parts = study.best_searched_trial(), []
-    origins = dict(zip(study.trials["name"], study.trials["origin"], strict=True))
-    for unit in study.units.itertuples():
-        metrics = load_metrics(unit.path)
-        role = "best" if best is not None and unit.trial == best["name"] else origins[unit.trial]
-        for curve in CURVES.keys() & set(metrics.columns):
+    roles, parts = _roles(study), []
+    for unit in study.units[study.units["trial"].isin(roles)].itertuples():
+        metrics, role = load_metrics(unit.path), roles[unit.trial]
+        for curve in (CURVES | FEATURES).keys() & set(metrics.columns):
             logged = metrics.loc[metrics[curve].notna(), ["epoch", "step", curve]]
             about = {"trial": unit.trial, "role": role, "target": unit.target, "seed": unit.seed, "curve": curve}
             scale = 100 if curve.startswith("val/") else 1
@@ -169,21 +183,49 @@ def training_curves(study: Study) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
+def _roles(study: Study) -> dict[str, str]:
+    """Trial -> its role in `training_curves`; trials that are not drawn are left out."""
+    if study.record.compare:
+        finished = study.units[study.units["finished"].astype(bool)]
+        means = finished.groupby("trial")["mAP"].agg(lambda values: values.astype(float).mean())
+        ranked = means.sort_values(ascending=False, kind="stable").index
+        base = [name for name in ranked if name == f"trial-{CONTROL}"]
+        shown = [*base, *(name for name in ranked if name not in base)][:_MOST_LINES]
+        return {name: study.title_of(name) or name.removeprefix("trial-") for name in shown}
+    best = study.best_searched_trial()
+    roles = {str(row["name"]): str(row["origin"]) for _, row in study.trials.iterrows()}
+    return roles if best is None else {**roles, str(best["name"]): "best"}
+
+
 def draw_training(axes: Axes, curves: pd.DataFrame) -> Axes:
-    """One line per unit: the best trial and the defaults in colour, the baseline dashed, the others grey behind."""
+    """The trials of the search as grey lines behind; of every other role the mean over its runs, in a band from the
+    least to the most."""
     labels = {"best": "best of the search", "default": "defaults", "search": "other trials", "baseline": "baseline"}
-    lines = sorted(curves.groupby(["role", "trial", "seed"]), key=lambda item: _ROLES.index(item[0][0]))
-    for (role, _, _), line in lines:
-        ordered = line.sort_values("step")
-        look = {**_LINES[role], "marker": "." if len(ordered) < 3 else None, "zorder": 2 + _ROLES.index(role)}
-        axes.plot(ordered["step"], ordered["value"], label=labels.pop(role, "_"), **look)
+    found = dict(iter(curves.groupby("role", sort=False)))
+    for _, line in found.pop("search", curves[:0]).groupby(["trial", "seed"]):
+        ordered, look = line.sort_values("step"), _LINES["search"]
+        axes.plot(ordered["step"], ordered["value"], label=labels.pop("search", "_"), **_mark(look, ordered), zorder=2)
+    for place, role in enumerate(sorted(found, key=_order)):
+        look = _LINES.get(role, {**_BY_PLACE[place % len(_BY_PLACE)], "linewidth": 1.4})
+        curve = found[role].groupby("step")["value"].agg(["mean", "min", "max"])
+        band = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
+        axes.fill_between(curve.index, curve["min"], curve["max"], zorder=3 + place, **band)
+        axes.plot(curve.index, curve["mean"], label=labels.get(role, role), zorder=3 + place, **_mark(look, curve))
     return axes
 
 
-def training_figure(study: Study) -> Figure | None:
-    """A row per curve, a column per target; None when nothing was logged."""
+def _mark(look: dict[str, Any], line: pd.DataFrame) -> dict[str, Any]:
+    return {**look, "marker": "." if len(line) < 3 else None}  # a line of one or two points would not be seen
+
+
+def _order(role: str) -> int:
+    return _ROLES.index(role) if role in _ROLES else 0
+
+
+def training_figure(study: Study, wanted: Mapping[str, str] = CURVES, what: str = "training") -> Figure | None:
+    """A row per curve, a column per target; None when nothing was logged. `what` it shows stands in the title."""
     curves = training_curves(study)
-    shown = [curve for curve in CURVES if (curves["curve"] == curve).any()]
+    shown = [curve for curve in wanted if (curves["curve"] == curve).any()]
     targets = [target for target in study.targets if (curves["target"] == target).any()]
     if not shown or not targets:
         return None
@@ -200,8 +242,8 @@ def training_figure(study: Study) -> Figure | None:
             if row == len(shown) - 1:
                 axes.set_xlabel("step")
             if column == 0:
-                axes.set_ylabel(CURVES[shown[row]])
-        _label(figure, study, "training of every unit")
+                axes.set_ylabel(wanted[shown[row]])
+        _label(figure, study, f"{what}, mean and range over seeds")
     return figure
 
 

@@ -7,6 +7,8 @@ checkpoint.pt: the newest complete state
 result.json: {"format": 2} and the fields of `Result`; written last: a unit that has it is finished and never runs again
 without-<source>/: with the rule leave_one_source_out, the unit that trained without it: a folder of the same kind
 .lock: of the process that works here, while it does
+queries.npz: of the N queries of the target, all test splits one after the other: "average_precisions" (N,), nan where a
+    query has no match, and "cmc" (splits, 50)
 <name>.npz: what the method keeps beside it. buffer_bank.npz, of methods with a Buffer Bank: "domains" (K,), "layers"
     (L,); per layer of C channels "mean/<layer>" (K, C), "var/<layer>" (K, C) and "count/<layer>" (K,), the updates
 
@@ -49,6 +51,9 @@ _FILES = (CONFIG, ENVIRONMENT, METRICS, CHECKPOINT, RESULT, "*.npz")
 
 BUFFER_BANK = "buffer_bank"
 """Under this name a method keeps its Buffer Bank."""
+
+QUERIES = "queries"
+"""Under this name a unit keeps what its test says query by query."""
 
 _T = TypeVar("_T")
 _own_keys_only = with_config(ConfigDict(extra="forbid"))
