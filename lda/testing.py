@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from lda.device import forward_context
 from lda.errors import UsageError
 from lda.groups import Test
 from lda.methods.base import Method, Side, TargetImages
-from lda.ranking import RankingResult, Scorer, rank_encodings
+from lda.ranking import GalleryOrder, RankingResult, Scorer, order_encodings, rank_encodings
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,13 @@ class Evaluator:
 
     def __call__(self, method: Method) -> Evaluation:
         """Evaluate with the method's test settings; leaves it in the mode and with the weights that it had."""
+        encodings, scorer = self.encoded(method)
+        rankings = tuple(self.ranking(split, encodings, scorer) for split in self.splits)
+        rank = effective_rank(encodings[self._queries]) if encodings.ndim == 2 else None
+        return Evaluation(rankings, rank)
+
+    def encoded(self, method: Method) -> tuple[Tensor, Scorer]:
+        """The encodings of all images, (N, ...), and what compares them; leaves the method as it was."""
         was_training = method.training
         method.eval()
         scorer = method.scorer()
@@ -81,9 +88,16 @@ class Evaluator:
         else:
             encodings = self._encodings(method, scorer, range(len(self._records)))
         method.train(was_training)
-        rankings = tuple(self._ranking(split, encodings, scorer) for split in self.splits)
-        rank = effective_rank(encodings[self._queries]) if encodings.ndim == 2 else None
-        return Evaluation(rankings, rank)
+        return encodings, scorer
+
+    def order(self, split: EvaluationSet, queries: Sequence[int], encodings: Tensor, scorer: Scorer) -> GalleryOrder:
+        """The gallery of one of the splits, as it is ranked for some of its queries, given by position."""
+        asked = [split.query[position] for position in queries]
+        return order_encodings(
+            _CheckedScorer(scorer, self._check),
+            *self._pair(replace(split, query=tuple(asked)), encodings),
+            camera_rule=split.camera_rule,
+        )
 
     def _adapted_encodings(self, method: Method, scorer: Scorer) -> Tensor:
         """The encodings of all images, (N, ...), each by a copy of the method that adapted to its camera and side."""
@@ -114,15 +128,21 @@ class Evaluator:
             camids = [self._records[row].camid if self.splits[0].camera_rule else 0 for row in part]
             yield TargetImages(images, torch.tensor(camids), side)
 
-    def _ranking(self, split: EvaluationSet, encodings: Tensor, scorer: Scorer) -> RankingResult:
+    def _pair(self, split: EvaluationSet, encodings: Tensor) -> tuple[Tensor, Tensor, *tuple[list[int], ...]]:
+        """Encodings, pids and camids, each of the query and of the gallery."""
+        query, gallery = split.query, split.gallery
+        return (
+            encodings[[self._row[record.path] for record in query]],
+            encodings[[self._row[record.path] for record in gallery]],
+            *([record.pid for record in records] for records in (query, gallery)),
+            *([record.camid for record in records] for records in (query, gallery)),
+        )
+
+    def ranking(self, split: EvaluationSet, encodings: Tensor, scorer: Scorer) -> RankingResult:
+        """The metrics of one of the splits. Raises RuntimeError where the lists of a single-shot set are wrong."""
         ranking = rank_encodings(
             _CheckedScorer(scorer, self._check),
-            encodings[[self._row[record.path] for record in split.query]],
-            encodings[[self._row[record.path] for record in split.gallery]],
-            [record.pid for record in split.query],
-            [record.pid for record in split.gallery],
-            [record.camid for record in split.query],
-            [record.camid for record in split.gallery],
+            *self._pair(split, encodings),
             ap=self.test.average_precision,
             camera_rule=split.camera_rule,
             single_gallery_shot=split.single_gallery_shot,

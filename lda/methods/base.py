@@ -205,6 +205,12 @@ class Method(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} says that it looks at the target, and has no adapt")
 
+    def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Path through the network -> (B, h, w): where it answers in test images, as sums of squares over the channels
+        of its last maps. By default those of `backbone`, where the method has one; {} shows none."""
+        backbone = getattr(self, "backbone", None)
+        return {} if backbone is None else {"": backbone(images).square().sum(1)}
+
     # --- what is left ------------------------------------------------------------------------------------------------
 
     def kept(self, domains: list[str]) -> dict[str, Kept]:
