@@ -16,6 +16,7 @@ from torch import Tensor
 from lda.config import Config
 from lda.data.cache import cache_dir
 from lda.data.packed import pack
+from lda.data.records import ImageRecord
 from lda.data.sources import EvaluationSet
 from lda.data.transforms import normalise
 from lda.device import forward_context
@@ -23,6 +24,8 @@ from lda.errors import UsageError
 from lda.groups import Test
 from lda.methods.base import Method, Side, TargetImages
 from lda.ranking import GalleryOrder, RankingResult, Scorer, order_encodings, rank_encodings
+
+_Pair = tuple[Tensor, Tensor, list[int], list[int], list[int], list[int]]  # encodings, pids, camids: query's, gallery's
 
 
 @dataclass(frozen=True)
@@ -124,18 +127,19 @@ class Evaluator:
         for start in range(0, len(rows), self._batch):
             self._check()
             part = rows[start : start + self._batch]
-            images = normalise(self._images.batch(np.array(part)).to(self.device))
+            images = self._normalised(part)
             camids = [self._records[row].camid if self.splits[0].camera_rule else 0 for row in part]
             yield TargetImages(images, torch.tensor(camids), side)
 
-    def _pair(self, split: EvaluationSet, encodings: Tensor) -> tuple[Tensor, Tensor, *tuple[list[int], ...]]:
-        """Encodings, pids and camids, each of the query and of the gallery."""
+    def _pair(self, split: EvaluationSet, encodings: Tensor) -> _Pair:
         query, gallery = split.query, split.gallery
         return (
             encodings[[self._row[record.path] for record in query]],
             encodings[[self._row[record.path] for record in gallery]],
-            *([record.pid for record in records] for records in (query, gallery)),
-            *([record.camid for record in records] for records in (query, gallery)),
+            [record.pid for record in query],
+            [record.pid for record in gallery],
+            [record.camid for record in query],
+            [record.camid for record in gallery],
         )
 
     def ranking(self, split: EvaluationSet, encodings: Tensor, scorer: Scorer) -> RankingResult:
@@ -156,6 +160,22 @@ class Evaluator:
         return ranking
 
     @torch.inference_mode()
+    def activation_maps(self, method: Method, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
+        """What `Method.activation_maps` says of some images of the splits, (N, h, w) a path; {} for a method that looks
+        at the target, which is another network for every camera. `method`: in evaluation mode."""
+        if method.looks_at_target or not records:
+            return {}
+        rows, found = [self._row[record.path] for record in records], []
+        for start in range(0, len(rows), self._batch):
+            with forward_context(self.device):
+                found.append(method.activation_maps(self._normalised(rows[start : start + self._batch])))
+        return {path: torch.cat([maps[path].float().cpu() for maps in found]) for path in found[0]}
+
+    def _normalised(self, rows: Sequence[int]) -> Tensor:
+        """(B, 3, H, W), what a network is given of some images."""
+        return normalise(self._images.batch(np.array(rows)).to(self.device))
+
+    @torch.inference_mode()
     def _encodings(self, method: Method, scorer: Scorer, rows: Sequence[int]) -> Tensor:
         """The encodings of some images, (N, ...)."""
         if self.test.flip_test and not scorer.adds_flip:
@@ -163,7 +183,7 @@ class Evaluator:
         found: list[Tensor] = []
         for start in range(0, len(rows), self._batch):
             self._check()
-            images = normalise(self._images.batch(np.array(rows[start : start + self._batch])).to(self.device))
+            images = self._normalised(rows[start : start + self._batch])
             with forward_context(self.device):
                 output = method.encode(images)
                 if self.test.flip_test:

@@ -445,7 +445,7 @@ class LDA(Method):
         """Of Network-E, and of Network-A the mean over its donors, as far as the inference passes through them."""
         found: dict[str, list[Tensor]] = {}
         for route in self._test_routes():
-            path = "Network-E" if isinstance(route, UnseenExpert) else "Network-A"
+            path = "E" if isinstance(route, UnseenExpert) else "A"
             found.setdefault(path, []).append(self._maps(images, route)[-1].square().sum(1))
         return {path: torch.stack(maps).mean(0) for path, maps in found.items()}
 
