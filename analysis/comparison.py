@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from analysis.records import listed
-from analysis.study import METRIC_NAMES, Study, load_study
+from analysis.study import METRIC_NAMES, Study, load_study, print_name
 from lda.errors import FailedError, UsageError
 from lda.runs import print_method
 
@@ -24,6 +24,9 @@ METRICS = {metric: METRIC_NAMES[metric] for metric in ("mAP", "rank1")}
 
 AVERAGE = "average"
 """The target that stands for the mean over targets."""
+
+DASH = "\N{EN DASH}"
+"""The cell of a number that is not known."""
 
 CONTROL = "baseline"
 """The method that the others' gains are measured against, where a study compares several."""
@@ -184,6 +187,16 @@ def holm(ps: NDArray[np.float64]) -> NDArray[np.float64]:
     corrected = np.full(len(ps), np.nan)
     corrected[order] = np.minimum(np.maximum.accumulate(ps[order] * np.arange(len(order), 0, -1)), 1.0)
     return corrected
+
+
+def print_target(target: str) -> str:
+    """A target in the head of a table."""
+    return "Average" if target == AVERAGE else print_name(target)
+
+
+def metric_columns(targets: Sequence[str]) -> list[tuple[str, str]]:
+    """Heads of a table's columns: every metric of every target and of their average."""
+    return [(print_target(target), name) for target in [*targets, AVERAGE] for name in METRICS.values()]
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.comparison import AVERAGE, BETWEEN, CONDITIONS, METRICS, confirmation, main_trials, protocol_table
-from analysis.published import POSTER, newer_table, published_table
+from analysis.comparison import (
+    AVERAGE,
+    BETWEEN,
+    CONDITIONS,
+    METRICS,
+    confirmation,
+    main_trials,
+    metric_columns,
+    print_target,
+    protocol_table,
+)
+from analysis.published import POSTER, newer_table, published_grids, published_table
 from analysis.records import UNKNOWN, Flaw, listed, tell
-from analysis.study import Study, load_study, print_name
-from analysis.text_tables import Grid, as_csv, as_latex, as_markdown, as_text
+from analysis.study import Study, load_study
+from analysis.text_tables import FORMATS, WRITERS, Grid, Marks, as_csv, best_marks
 from lda.arguments import Parser, existing_folder, output_file
 from lda.command import exit_code
 from lda.errors import UsageError
 from lda.files import atomic
-
-FORMATS = ("text", "markdown", "latex", "csv")
 
 _FEW_SEEDS = 5  # below so many, a bootstrap over seeds knows too few values to mean its 95%
 
@@ -53,9 +61,10 @@ def render(study: Study | Path, format: str = "text", published: bool = False) -
         return _csv(study, table, None if poster is None else pd.concat([poster, newer_table(study.protocol.name)]))
     grids = study_grids(study, table)
     if poster is not None:
-        grids += _published_grids(study, poster, newer_table(study.protocol.name))
+        warning = "" if study.data == "real" else "; OTHER DATA than above, which is stand-in: do not compare"
+        grids += published_grids(study.protocol, warning)
     title = f"{study.protocol.title}, study {study.name}"
-    return {"text": as_text, "markdown": as_markdown, "latex": as_latex}[format](title, conditions(study, table), grids)
+    return WRITERS[format](title, conditions(study, table), grids)
 
 
 def conditions(study: Study, table: pd.DataFrame) -> list[tuple[str, str]]:
@@ -269,7 +278,16 @@ def _results_grid(study: Study, table: pd.DataFrame, spread: str, title: str, no
                 wide, narrow = _with_interval(row, metric), _cell(row[metric], row[f"{metric}{spread}"])
                 cells.append(wide if interval else narrow)
         rows.append([str(label), *cells])
-    return Grid(title, _columns(study), rows, notes)
+    marks, among = _places(table)
+    return Grid(title, metric_columns(study.targets), rows, notes, marks, among)
+
+
+def _places(table: pd.DataFrame) -> tuple[Marks, str]:
+    """The best means of every column, and among which rows: one that looked at the target competes with its like."""
+    apart = (table["target_data"] != "False") & (table["target_data"] == "False").any()
+    means = table[[*METRICS]].mask(apart)
+    values = [own.to_numpy(float).ravel().tolist() for _, own in means.groupby(table["label"], sort=False)]
+    return best_marks(values), "among rows that did not look at target images" if apart.any() else ""
 
 
 def _gain_grid(study: Study, table: pd.DataFrame, kind: str, title: str) -> Grid:
@@ -288,51 +306,13 @@ def _gain_grid(study: Study, table: pd.DataFrame, kind: str, title: str) -> Grid
         notes.append("p: two-sided sign-flip test over the paired runs, Holm-corrected over the rows of a column")
     return Grid(
         f"{title}, paired by seed{interval}",
-        [("", name) for name in _names(study)],
+        [("", print_target(target)) for target in [*study.targets, AVERAGE]],
         rows,
         notes,
     )
 
 
-def _published_grids(study: Study, poster: pd.DataFrame, newer: pd.DataFrame) -> list[Grid]:
-    warning = "" if study.data == "real" else "; OTHER DATA than above, which is stand-in: do not compare"
-    printed = _published_grid(study, poster, f"Published on the LDA poster, real data sets{warning}")
-    printed.notes.append(
-        "Averages are the printed ones, over all targets of the protocol. The poster does not define its star"
-    )
-    if newer.empty:
-        return [printed]
-    return [printed, _published_grid(study, newer, f"Published since, not on the poster, real data sets{warning}")]
-
-
-def _published_grid(study: Study, published: pd.DataFrame, title: str) -> Grid:
-    rows, notes = [], []
-    for method, group in published.groupby("method", sort=False):
-        cells = group.set_index("target").reindex([*study.targets, AVERAGE])  # of some only the average is known
-        star = "*" if (group["starred"] == "yes").any() else ""
-        values = [float(value) for _, cell in cells.iterrows() for value in (cell[metric] for metric in METRICS)]
-        rows.append([f"{method}{star} ({group['venue'].iloc[0]})", *(_cell(value, np.nan) for value in values)])
-        for note, noted in group[group["note"] != ""].groupby("note", sort=False):
-            where = "" if len(noted) == len(group) else f", {', '.join(map(_print, noted['target']))}"
-            notes.append(f"{method}{where}: {note}")
-    return Grid(title, _columns(study), rows, notes)
-
-
-def _columns(study: Study) -> list[tuple[str, str]]:
-    return [(name, metric) for name in _names(study) for metric in METRICS.values()]
-
-
-def _names(study: Study) -> list[str]:
-    return [_print(target) for target in [*study.targets, AVERAGE]]
-
-
-def _print(target: object) -> str:
-    return "Average" if target == AVERAGE else print_name(str(target))
-
-
 def _cell(value: float, spread: float) -> str:
-    if np.isnan(value):
-        return "-"
     return f"{value:.1f}" if np.isnan(spread) else f"{value:.1f}±{spread:.1f}"
 
 

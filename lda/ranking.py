@@ -12,7 +12,8 @@ averaged over the queries that have a match left. Only these ranks are needed, a
 i + (non-matches at least as similar as it), so the gallery is counted, never sorted: what costs is the scores.
 
 Three doors, one code behind them: `rank_blocks` takes scores block by block, `rank_encodings` takes encodings of images
-and a `Scorer` that compares them, `evaluate_ranking` takes feature vectors and compares them by cosine.
+and a `Scorer` that compares them, `evaluate_ranking` takes feature vectors and compares them by cosine. To look at the
+gallery itself, `order_encodings` sorts it for a few queries by the same rules.
 
 Ties count against the query. Two scores closer than `tie` are equal as far as their arithmetic can tell, and a
 non-match that ties with a match ranks before it. So features that say nothing (a collapsed network) score worst
@@ -32,7 +33,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,12 +82,14 @@ class RankingResult:
             gallery repeats its last value.
         mINP: mean inverse negative penalty, n / r_n; equals mAP where every query has one match.
         num_valid_queries: queries with at least one match left after the same-camera rule; the others are skipped.
+        average_precisions: AP of every query, in their order; nan for one that is skipped.
     """
 
     mAP: float  # noqa: N815 - the field's spelling
     cmc: tuple[float, ...]
     mINP: float  # noqa: N815
     num_valid_queries: int
+    average_precisions: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def rank1(self) -> float:
@@ -102,6 +105,22 @@ class RankingResult:
     def rank10(self) -> float:
         """Rank-10."""
         return self.cmc[9]
+
+
+@dataclass(frozen=True)
+class GalleryOrder:
+    """The whole gallery, G images, as it is ranked for each of Q queries. Arrays (Q, G), along the order.
+
+    Attributes:
+        positions: int64, places in the gallery, the most alike first.
+        matches: bool, images of the query's person.
+        counted: bool, images that have a rank; the others are ignored: junk, and what the same-camera rule drops. They
+            stand where their scores put them.
+    """
+
+    positions: NDArray[np.int64]
+    matches: NDArray[np.bool_]
+    counted: NDArray[np.bool_]
 
 
 class Scorer(Protocol):
@@ -225,22 +244,73 @@ def rank_encodings(
     if not kept.all():
         gallery, g_pids, g_camids = gallery[kept.to(gallery.device)], g_pids[kept], g_camids[kept]
 
-    pairs, gallery_chunk = scorer.pairs_per_block, None
-    if pairs is not None:
-        if pairs < 1:
-            raise UsageError(f"pairs_per_block of {type(scorer).__name__}: expected at least 1 pair, got {pairs}")
-        chunk = min(chunk, pairs)
-        gallery_chunk = pairs // max(chunk, 1)
+    chunk, gallery_chunk = _chunks(scorer, chunk)
+    return rank_blocks(
+        _scores(scorer, query, gallery), q_pids, g_pids, query_camids, g_camids, ap=ap, camera_rule=camera_rule,
+        chunk=chunk, gallery_chunk=gallery_chunk, single_gallery_shot=single_gallery_shot, tie=scorer.tie,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def order_encodings(
+    scorer: Scorer,
+    query: Tensor,
+    gallery: Tensor,
+    query_pids: Sized,
+    gallery_pids: Sized,
+    query_camids: Sized,
+    gallery_camids: Sized,
+    *,
+    camera_rule: bool = True,
+    chunk: int = 256,
+) -> GalleryOrder:
+    """The order of the gallery that `rank_encodings` counts in, for a few queries: its size is Q * G.
+
+    Images with equal scores stand in the order of the gallery, a non-match before a match. Args and Raises: see
+    `rank_encodings`; queries without a match are no mistake here.
+    """
+    _check_encodings(query, gallery)
+    common = torch.promote_types(query.dtype, gallery.dtype)
+    query, gallery = query.to(common), gallery.to(common)
+    q_pids, g_pids = _ids("query_pids", query_pids, len(query)), _ids("gallery_pids", gallery_pids, len(gallery))
+    q_camids = _ids("query_camids", query_camids, len(query))
+    g_camids = _ids("gallery_camids", gallery_camids, len(gallery))
+    chunk, gallery_chunk = _chunks(scorer, chunk)
+    blocks = list(_slices(len(gallery), gallery_chunk or len(gallery)))
+    scores = _scores(scorer, query, gallery)
     with _full_precision():
-        gallery = scorer.prepare(gallery)
+        distance = torch.cat([_distance(scores, rows, blocks).cpu() for rows in _slices(len(query), chunk)])  # (Q, G)
+
+    matches = q_pids[:, None] == g_pids
+    dropped = (matches & (q_camids[:, None] == g_camids)) if camera_rule else torch.zeros_like(matches)
+    counted = ~dropped & (g_pids != JUNK_PID)
+    wanted = matches & counted
+    limit = torch.where(wanted, distance + scorer.tie, distance)  # see `_match_ranks`
+    positions = np.lexsort((wanted.numpy(), limit.numpy()))  # by the limit, then non-matches first, then by position
+    along = (np.take_along_axis(of.numpy(), positions, 1) for of in (matches, counted))
+    return GalleryOrder(positions, *along)
+
+
+def _chunks(scorer: Scorer, chunk: int) -> tuple[int, int | None]:
+    """Queries and gallery images scored at a time; None: the whole gallery."""
+    pairs = scorer.pairs_per_block
+    if pairs is None:
+        return chunk, None
+    if pairs < 1:
+        raise UsageError(f"pairs_per_block of {type(scorer).__name__}: expected at least 1 pair, got {pairs}")
+    chunk = min(chunk, pairs)
+    return chunk, pairs // max(chunk, 1)
+
+
+def _scores(scorer: Scorer, query: Tensor, gallery: Tensor) -> Scores:
+    """Of encodings, the gallery's prepared once."""
+    with _full_precision():
+        prepared = scorer.prepare(gallery)
 
     def scores(rows: slice, columns: slice) -> Tensor:
-        return scorer.scores(scorer.prepare(query[rows]), gallery[columns])
+        return scorer.scores(scorer.prepare(query[rows]), prepared[columns])
 
-    return rank_blocks(
-        scores, q_pids, g_pids, query_camids, g_camids, ap=ap, camera_rule=camera_rule, chunk=chunk,
-        gallery_chunk=gallery_chunk, single_gallery_shot=single_gallery_shot, tie=scorer.tie,
-    )  # fmt: skip
+    return scores
 
 
 @torch.no_grad()
@@ -310,7 +380,7 @@ def rank_blocks(
             if single_gallery_shot:
                 shots = shots or _Shots(g_pids)
             shot_ranks = None if shots is None else shots.ranks(distance, matches, wanted, tie)
-            tally.add(*_match_ranks(distance, matches, wanted, tie), shot_ranks)
+            tally.add(wanted.any(1), *_match_ranks(distance, matches, wanted, tie), shot_ranks)
     if tally.empty:
         raise UsageError(_no_valid_query(ids[0], ids[1], camera_rule))
     return tally.result()
@@ -344,12 +414,14 @@ class _Tally:
     @property
     def empty(self) -> bool:
         """No query had a match left."""
-        return not self.precisions
+        return not self.penalties
 
-    def add(self, ranks: Tensor, counts: Tensor, shot_ranks: Tensor | None) -> None:
-        """Add V queries: see `_match_ranks` and `_Shots.ranks`."""
+    def add(self, able: Tensor, ranks: Tensor, counts: Tensor, shot_ranks: Tensor | None) -> None:
+        """Add C queries, those (C,) that are `able` with the ranks of V: see `_match_ranks` and `_Shots.ranks`."""
+        precisions = torch.full(able.shape, torch.nan, dtype=torch.float64, device=able.device)
+        self.precisions.append(precisions)
         if len(counts):
-            self.precisions.append(_average_precision(ranks, counts, self.ap))
+            precisions[able] = _average_precision(ranks, counts, self.ap)
             self.first_ranks.append(ranks[:, 0] if shot_ranks is None else shot_ranks.flatten())
             self.penalties.append(counts / ranks.gather(1, counts[:, None] - 1)[:, 0].double())
 
@@ -357,11 +429,13 @@ class _Tally:
         """Means over all queries added."""
         first = torch.cat(self.first_ranks)
         found = torch.bincount(first[first <= MAX_RANK] - 1, minlength=MAX_RANK).cumsum(0)
+        precisions = torch.cat(self.precisions)
         return RankingResult(
-            mAP=torch.cat(self.precisions).mean().item(),
+            mAP=precisions[~precisions.isnan()].mean().item(),
             cmc=tuple((found.double() / len(first)).tolist()),
             mINP=torch.cat(self.penalties).mean().item(),
             num_valid_queries=sum(map(len, self.penalties)),
+            average_precisions=tuple(precisions.tolist()),
         )
 
 

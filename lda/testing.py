@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,16 @@ from torch import Tensor
 from lda.config import Config
 from lda.data.cache import cache_dir
 from lda.data.packed import pack
+from lda.data.records import ImageRecord
 from lda.data.sources import EvaluationSet
 from lda.data.transforms import normalise
 from lda.device import forward_context
 from lda.errors import UsageError
 from lda.groups import Test
 from lda.methods.base import Method, Side, TargetImages
-from lda.ranking import RankingResult, Scorer, rank_encodings
+from lda.ranking import GalleryOrder, RankingResult, Scorer, order_encodings, rank_encodings
+
+_Pair = tuple[Tensor, Tensor, list[int], list[int], list[int], list[int]]  # encodings, pids, camids: query's, gallery's
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,13 @@ class Evaluator:
 
     def __call__(self, method: Method) -> Evaluation:
         """Evaluate with the method's test settings; leaves it in the mode and with the weights that it had."""
+        encodings, scorer = self.encoded(method)
+        rankings = tuple(self.ranking(split, encodings, scorer) for split in self.splits)
+        rank = effective_rank(encodings[self._queries]) if encodings.ndim == 2 else None
+        return Evaluation(rankings, rank)
+
+    def encoded(self, method: Method) -> tuple[Tensor, Scorer]:
+        """The encodings of all images, (N, ...), and what compares them; leaves the method as it was."""
         was_training = method.training
         method.eval()
         scorer = method.scorer()
@@ -81,9 +91,16 @@ class Evaluator:
         else:
             encodings = self._encodings(method, scorer, range(len(self._records)))
         method.train(was_training)
-        rankings = tuple(self._ranking(split, encodings, scorer) for split in self.splits)
-        rank = effective_rank(encodings[self._queries]) if encodings.ndim == 2 else None
-        return Evaluation(rankings, rank)
+        return encodings, scorer
+
+    def order(self, split: EvaluationSet, queries: Sequence[int], encodings: Tensor, scorer: Scorer) -> GalleryOrder:
+        """The gallery of one of the splits, as it is ranked for some of its queries, given by position."""
+        asked = [split.query[position] for position in queries]
+        return order_encodings(
+            _CheckedScorer(scorer, self._check),
+            *self._pair(replace(split, query=tuple(asked)), encodings),
+            camera_rule=split.camera_rule,
+        )
 
     def _adapted_encodings(self, method: Method, scorer: Scorer) -> Tensor:
         """The encodings of all images, (N, ...), each by a copy of the method that adapted to its camera and side."""
@@ -110,19 +127,26 @@ class Evaluator:
         for start in range(0, len(rows), self._batch):
             self._check()
             part = rows[start : start + self._batch]
-            images = normalise(self._images.batch(np.array(part)).to(self.device))
+            images = self._normalised(part)
             camids = [self._records[row].camid if self.splits[0].camera_rule else 0 for row in part]
             yield TargetImages(images, torch.tensor(camids), side)
 
-    def _ranking(self, split: EvaluationSet, encodings: Tensor, scorer: Scorer) -> RankingResult:
+    def _pair(self, split: EvaluationSet, encodings: Tensor) -> _Pair:
+        query, gallery = split.query, split.gallery
+        return (
+            encodings[[self._row[record.path] for record in query]],
+            encodings[[self._row[record.path] for record in gallery]],
+            [record.pid for record in query],
+            [record.pid for record in gallery],
+            [record.camid for record in query],
+            [record.camid for record in gallery],
+        )
+
+    def ranking(self, split: EvaluationSet, encodings: Tensor, scorer: Scorer) -> RankingResult:
+        """The metrics of one of the splits. Raises RuntimeError where the lists of a single-shot set are wrong."""
         ranking = rank_encodings(
             _CheckedScorer(scorer, self._check),
-            encodings[[self._row[record.path] for record in split.query]],
-            encodings[[self._row[record.path] for record in split.gallery]],
-            [record.pid for record in split.query],
-            [record.pid for record in split.gallery],
-            [record.camid for record in split.query],
-            [record.camid for record in split.gallery],
+            *self._pair(split, encodings),
             ap=self.test.average_precision,
             camera_rule=split.camera_rule,
             single_gallery_shot=split.single_gallery_shot,
@@ -136,6 +160,22 @@ class Evaluator:
         return ranking
 
     @torch.inference_mode()
+    def activation_maps(self, method: Method, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
+        """What `Method.activation_maps` says of some images of the splits, (N, h, w) a path; {} for a method that looks
+        at the target, which is another network for every camera. `method`: in evaluation mode."""
+        if method.looks_at_target or not records:
+            return {}
+        rows, found = [self._row[record.path] for record in records], []
+        for start in range(0, len(rows), self._batch):
+            with forward_context(self.device):
+                found.append(method.activation_maps(self._normalised(rows[start : start + self._batch])))
+        return {path: torch.cat([maps[path].float().cpu() for maps in found]) for path in found[0]}
+
+    def _normalised(self, rows: Sequence[int]) -> Tensor:
+        """(B, 3, H, W), what a network is given of some images."""
+        return normalise(self._images.batch(np.array(rows)).to(self.device))
+
+    @torch.inference_mode()
     def _encodings(self, method: Method, scorer: Scorer, rows: Sequence[int]) -> Tensor:
         """The encodings of some images, (N, ...)."""
         if self.test.flip_test and not scorer.adds_flip:
@@ -143,7 +183,7 @@ class Evaluator:
         found: list[Tensor] = []
         for start in range(0, len(rows), self._batch):
             self._check()
-            images = normalise(self._images.batch(np.array(rows[start : start + self._batch])).to(self.device))
+            images = self._normalised(rows[start : start + self._batch])
             with forward_context(self.device):
                 output = method.encode(images)
                 if self.test.flip_test:

@@ -275,7 +275,7 @@ def test_grid_rendering_exactly() -> None:
     assert as_latex("Title", [("data", "d")], [grid]).splitlines() == [
         "% Title: T",
         "\\noindent T\\par\\smallskip",
-        "\\begin{tabular}{lrrrr}",
+        "\\noindent\\begin{tabular}{lrrrr}",
         "\\toprule",
         " & \\multicolumn{2}{c}{A long name} & \\multicolumn{2}{c}{B} \\\\",
         "\\cmidrule(lr){2-3} \\cmidrule(lr){4-5}",

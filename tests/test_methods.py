@@ -170,6 +170,23 @@ class TestEveryMethod:
             method.train()
             assert torch.equal(method.eval()(images), together), "the mode before the call changes the encoding"
 
+    def test_activation_maps_are_energies_of_every_image_on_its_own_or_none(
+        self, name: str, trained: dict[str, Trainer]
+    ) -> None:
+        method = copy.deepcopy(trained[name].method).eval()
+        images = torch.randn(3, 3, 32, 16, generator=torch.Generator().manual_seed(4))
+        with torch.no_grad():
+            encodings = method(images)
+            maps = method.activation_maps(images)
+            for energy in maps.values():
+                assert energy.ndim == 3
+                assert len(energy) == 3
+                assert (energy >= 0).all()
+                assert energy.isfinite().all()
+            for path, energy in method.activation_maps(images[1:2]).items():
+                torch.testing.assert_close(energy, maps[path][1:2], rtol=1e-3, atol=1e-4)
+            assert torch.equal(method(images), encodings), "looking at the maps changes the encoding"
+
     def test_evaluation_writes_nothing(self, name: str, trained: dict[str, Trainer], task: Task) -> None:
         trainer = trained[name]
         before = state(trainer)

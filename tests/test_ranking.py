@@ -24,6 +24,7 @@ from lda.ranking import (
     Scores,
     _Shots,
     evaluate_ranking,
+    order_encodings,
     rank_blocks,
     rank_encodings,
 )
@@ -117,6 +118,36 @@ def test_against_naive_loop(ap: str, camera_rule: bool) -> None:
             assert_same(evaluate_ranking(**case, ap=ap, camera_rule=camera_rule, chunk=chunk), expected)
         checked += 1
     assert checked > 100
+
+
+@pytest.mark.parametrize("camera_rule", [True, False])
+def test_orders_and_their_precisions_against_naive_loop(camera_rule: bool) -> None:
+    """By exact integer similarity; among equals that are no match, the order is that of noise and does not matter."""
+    ignored = 0
+    for seed in range(60):
+        case = random_case(seed)
+        order = order_encodings(CosineScorer(), *case.values(), camera_rule=camera_rule, chunk=3)
+        similarity = (case["query"] @ case["gallery"].T).int().tolist()
+        precisions = []
+        for row, (pid, camid) in enumerate(zip(case["query_pids"], case["query_camids"], strict=True)):
+            images = []
+            for place, other in enumerate(case["gallery_pids"]):
+                dropped = camera_rule and other == pid and case["gallery_camids"][place] == camid
+                counted = not dropped and other != -1
+                images.append((-similarity[row][place], other == pid and counted, other == pid, counted))
+            found = order.positions[row].tolist()
+            assert sorted(found) == list(range(len(images)))
+            assert [images[place][:2] for place in found] == sorted(image[:2] for image in images)
+            assert order.matches[row].tolist() == [images[place][2] for place in found]
+            assert order.counted[row].tolist() == [images[place][3] for place in found]
+            ignored += sum(not image[3] for image in images)
+            hits = order.matches[row][order.counted[row]]
+            ranks = [rank for rank, hit in enumerate(hits, start=1) if hit]
+            precisions.append(np.mean([i / r for i, r in enumerate(ranks, start=1)]) if ranks else np.nan)
+        if not np.isnan(precisions).all():
+            of_queries = evaluate_ranking(**case, camera_rule=camera_rule).average_precisions
+            assert of_queries == pytest.approx(precisions, abs=1e-12, nan_ok=True)
+    assert ignored > 100
 
 
 def at_ranks(ranks: tuple[int, ...], gallery_size: int = 12) -> dict[str, Any]:

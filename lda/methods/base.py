@@ -205,6 +205,12 @@ class Method(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} says that it looks at the target, and has no adapt")
 
+    def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Path through the network, in a letter or two -> (B, h, w): where it answers in test images, the sum of the
+        squares over the channels of its last map. By default that of `backbone`, where the method has one; {}: none."""
+        backbone = getattr(self, "backbone", None)
+        return {} if backbone is None else {"": backbone(images).square().sum(1)}
+
     # --- what is left ------------------------------------------------------------------------------------------------
 
     def course(self, domains: list[str]) -> dict[str, float]:

@@ -120,5 +120,9 @@ class DSBN(Method):
         nearest = torch.stack(distances).argmin(0)  # (B,)
         return of_all[nearest, torch.arange(len(images), device=images.device)]
 
+    def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """None: which sets an image passes through is chosen for each one."""
+        return {}
+
     def _feature(self, images: Tensor, route: DomainRoute) -> Tensor:
         return F.normalize(gem(self._maps(images, route), self.setup.network.gem_p))

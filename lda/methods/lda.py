@@ -449,6 +449,14 @@ class LDA(Method):
         }
         return [AntiNormalised(given) for given in donors[self.settings.test_donors]]
 
+    def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Of Network-E, and of Network-A the mean over its donors, as far as the inference passes through them."""
+        found: dict[str, list[Tensor]] = {}
+        for route in self._test_routes():
+            path = "E" if isinstance(route, UnseenExpert) else "A"
+            found.setdefault(path, []).append(self._maps(images, route)[-1].square().sum(1))
+        return {path: torch.stack(maps).mean(0) for path, maps in found.items()}
+
     def _feature(self, images: Tensor, route: Route) -> Tensor:
         return F.normalize(gem(self._maps(images, route)[-1], self.setup.network.gem_p))
 

@@ -302,6 +302,10 @@ class META(Method):
         neck = self.head_global.necks[0]
         return F.normalize(torch.cat([mixed * _FRESH_NECK, neck(of_branch).float()], dim=1))
 
+    def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """None: the experts are weighed for every image, and the branch has maps of its own."""
+        return {}
+
 
 def mixture(weights: Tensor, maps: Sequence[Tensor]) -> Tensor:
     """The sum of Eq. (M5): weights (B, J), J maps (B, D, h, w) -> (B, D, h, w), in fp32."""

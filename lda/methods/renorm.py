@@ -282,6 +282,16 @@ class ReNorm(Method):
             parts.append(torch.stack([self._feature(images, Emulation(donor)) for donor in donors]).mean(0))
         return torch.stack(parts).sum(0)
 
+    def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Of the two passes of Eq. (R5), EN's the mean over its donors, as far as the inference takes them."""
+        found: dict[str, Tensor] = {}
+        if self.settings.inference in ("fused", "expert"):
+            found["RN"] = self._maps(images, MeanRemix()).square().sum(1)
+        if self.settings.inference in ("fused", "aligned"):
+            passes = [self._maps(images, Emulation(donor)).square().sum(1) for donor in range(self.num_domains)]
+            found["EN"] = torch.stack(passes).mean(0)
+        return found
+
     def _feature(self, images: Tensor, route: Route) -> Tensor:
         return F.normalize(gem(self._maps(images, route), self.setup.network.gem_p))
 

@@ -124,5 +124,11 @@ class TwoPath(PlainMethod):
     def encode(self, images: Tensor) -> Tensor:
         """Equation (4): features (B, D) before the BNNecks; the sum of both paths, or one of them, each L2-normalised
         first."""
-        paths: tuple[Path, ...] = ("bn", "in") if self.settings.inference == "fused" else (self.settings.inference,)
-        return torch.stack([F.normalize(self.pooled(self.maps(images, path))) for path in paths]).sum(0)
+        return torch.stack([F.normalize(self.pooled(self.maps(images, path))) for path in self._test_paths()]).sum(0)
+
+    def _test_paths(self) -> tuple[Path, ...]:
+        return ("bn", "in") if self.settings.inference == "fused" else (self.settings.inference,)
+
+    def activation_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Of the paths that the inference takes."""
+        return {path.upper(): self.maps(images, path).square().sum(1) for path in self._test_paths()}
