@@ -19,9 +19,10 @@ from lda.data.standin.tree import ensure_standin
 from lda.device import choose_device, memory_errors
 from lda.errors import DamagedError, UsageError, warn
 from lda.groups import LEFT_OUT
+from lda.kept import Kept
 from lda.methods.base import Method
 from lda.parts.backbones import Backbone
-from lda.runs import METRICS, Content, Cost, Result, RunFolder, Selection, Split, UnitFolder, Weights
+from lda.runs import METRICS, QUERIES, Content, Cost, Result, RunFolder, Selection, Split, UnitFolder, Weights
 from lda.testing import Evaluation, Evaluator, check_target, chosen_splits, metrics
 from lda.tracking import RunLabels, Tracker
 from lda.trainer import Trainer
@@ -203,7 +204,7 @@ def _take_over(run: RunFolder, config: Config, device: torch.device, trained: Se
 
 
 def _mend_kept(run: RunFolder, names: Sequence[str], config: Config, task: Task, device: torch.device) -> None:
-    """Make again, from the checkpoint, what the method of a finished unit keeps and a damaged disk does not."""
+    """Make again, from the checkpoint, what a finished unit keeps and a damaged disk does not."""
     damages = "; ".join(run.damaged_kept(names))
     if not damages:
         return
@@ -216,9 +217,20 @@ def _mend_kept(run: RunFolder, names: Sequence[str], config: Config, task: Task,
         return
     trainer = Trainer(config, task, device)
     trainer.restore(saved)
-    for name, kept in trainer.method.kept([source.name for source in task.sources]).items():
-        run.keep(name, kept.arrays)
+    test = Evaluator(chosen_splits(task.test_splits, config.test), config, device)(trainer.method)
+    for name, kept in _kept(trainer.method, task, test).items():
+        if name in names or run.kept(name).exists():
+            run.keep(name, kept.arrays)
     warn(f"{damages}; made again from the checkpoint")
+
+
+def _kept(method: Method, task: Task, test: Evaluation) -> dict[str, Kept]:
+    """What a unit keeps beside its result."""
+    arrays = {
+        "average_precisions": np.concatenate([ranking.average_precisions for ranking in test.rankings]),
+        "cmc": np.array([ranking.cmc for ranking in test.rankings]),
+    }
+    return {QUERIES: Kept(arrays), **method.kept([source.name for source in task.sources])}
 
 
 def _average(scores: Mapping[str, float]) -> float:
@@ -270,7 +282,7 @@ class _Unit:
         test = self.test(self.trainer.method)
         selection = self._selection(per_source, test.mAP)
         score = selection.score
-        kept = self._keep()
+        kept = self._keep(test)
         result = self._result(test, selection, kept)
         self.check()
         self.run.write_result(result)
@@ -420,9 +432,9 @@ class _Unit:
         self.run.log(row)
         self.tracker.log(row)
 
-    def _keep(self) -> tuple[str, ...]:
-        """Write what the method keeps, and show it on the dashboard. Returns its names."""
-        found = self.trainer.method.kept([source.name for source in self.task.sources])
+    def _keep(self, test: Evaluation) -> tuple[str, ...]:
+        """Write what the test says query by query and what the method keeps, and show that. Returns the names."""
+        found = _kept(self.trainer.method, self.task, test)
         for name, kept in found.items():
             self.run.keep(name, kept.arrays)
             if kept.picture is not None:
