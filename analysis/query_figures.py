@@ -85,7 +85,7 @@ def draw_cmc(axes: Axes, table: pd.DataFrame) -> Axes:
 def cmc_figure(study: Study) -> Figure | None:
     """A panel per target; None where no unit kept its queries. Of many configurations the baseline and the best."""
     table = cmc_table(study)
-    table = table[table["label"].isin(_few(study))]
+    table = table[table["label"].isin(shown_configurations(study))]
     if table.empty:
         return None
     return _panels(study, table, draw_cmc, "queries with a match among the first, %", "CMC, mean and range over seeds")
@@ -129,13 +129,13 @@ def draw_differences(axes: Axes, table: pd.DataFrame) -> Axes:
 def differences_figure(study: Study) -> Figure | None:
     """A panel per target; None without a baseline or queries to compare."""
     table = differences(study)
-    table = table[table["label"].isin(_few(study))]
+    table = table[table["label"].isin(shown_configurations(study))]
     if table.empty:
         return None
     return _panels(study, table, draw_differences, "queries, % (log above 1)", "AP query by query", legend=False)
 
 
-def _few(study: Study) -> list[str]:
+def shown_configurations(study: Study) -> list[str]:
     """The configurations that a panel has room for: the baseline, then those with the highest average mAP."""
     runs = counted_runs(study)
     means = runs.groupby("label", sort=False)["mAP"].mean().sort_values(ascending=False, kind="stable")
@@ -149,7 +149,7 @@ _Draw = Callable[[Axes, pd.DataFrame], Axes]
 def _panels(study: Study, table: pd.DataFrame, draw: _Draw, ylabel: str, what: str, legend: bool = True) -> Figure:
     targets = [target for target in study.targets if (table["target"] == target).any()]
     figure, panels = new_figure(1, len(targets), width=max(2.9 * len(targets), 4.5), height=3.2)
-    order = [label for label in _few(study) if (table["label"] == label).any()]
+    order = [label for label in shown_configurations(study) if (table["label"] == label).any()]
     with style():
         for axes, target in zip(panels[0], targets, strict=True):
             rows = table[table["target"] == target]

@@ -193,7 +193,7 @@ def study_grids(study: Study, table: pd.DataFrame) -> list[Grid]:
     if table["mAP_step"].notna().any():
         grids.append(_gain_grid(study, table, "step", "Points above the row before"))
     if study.record.compare:
-        grids.append(_cost_grid(study, scores))
+        grids.append(cost_grid(study, scores))
     else:
         grids[-1].notes.extend(_cost_notes(scores))
     return grids
@@ -215,7 +215,7 @@ def _cost_notes(rows: pd.DataFrame) -> list[str]:
     return [f"Equal steps, not equal compute: training passes per image {listed}"]
 
 
-def _cost_grid(study: Study, rows: pd.DataFrame) -> Grid:
+def cost_grid(study: Study, rows: pd.DataFrame) -> Grid:
     """What was compared: whose a method is, and what it costs."""
     plain = rows.loc[rows["configuration"] == "baseline", "parameters"]
     cells = []

@@ -26,6 +26,7 @@ from sweeps.crew.assignment import Assignment
 from sweeps.crew.processes import WorkerPool
 from sweeps.crew.slots import Slot
 from sweeps.gather import Gathered, gather, is_lost, missing, restore
+from sweeps.importance import write_importance
 from sweeps.list.archive import open_archive
 from sweeps.list.attempts import Configuration, Kind, fault
 from sweeps.list.jobs import configuration_job
@@ -132,6 +133,11 @@ class Coordinator:
                 self.workers.stop()
                 self._safely_upkeep("interrupted")
         return finished
+
+    def explain(self) -> None:
+        """Write what the finished search says of its settings."""
+        if not self.spec.compare:
+            write_importance(self.search.study, self.folder)
 
     def gather(self) -> Gathered:
         """Bring every finished unit of the study here, before anything is drawn of them."""

@@ -316,6 +316,7 @@ def _run_to_its_end(coordinator: Coordinator) -> int:
         print(f"interrupted; everything finished is kept. Go on with:\n  {plan.command}", file=sys.stderr)
         return 130
     gathered = coordinator.gather()
+    coordinator.explain()
     now = coordinator.look()
     complete = now.complete > 0 or (not now.budget and now.confirmed > len(now.failures))
     finish(plan.study, plan.spec, folder, plan.data.kind, complete=complete)
