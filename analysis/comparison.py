@@ -25,9 +25,6 @@ METRICS = {metric: METRIC_NAMES[metric] for metric in ("mAP", "rank1")}
 AVERAGE = "average"
 """The target that stands for the mean over targets."""
 
-DASH = "\N{EN DASH}"
-"""The cell of a number that is not known."""
-
 CONTROL = "baseline"
 """The method that the others' gains are measured against, where a study compares several."""
 

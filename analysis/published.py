@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.comparison import AVERAGE, DASH, METRICS, metric_columns, print_target
+from analysis.comparison import AVERAGE, METRICS, metric_columns, print_target
 from analysis.study import print_name
 from analysis.text_tables import FORMATS, WRITERS, Grid, Mark, as_csv, best_marks
 from lda.arguments import Parser, output_file
@@ -31,6 +31,9 @@ POSTER = "LDA poster"
 
 ROUNDING = 0.0501
 """A printed average may be so far from the mean of its cells, all of one decimal; one farther off is wrong."""
+
+DASH = "\N{EN DASH}"
+"""The cell of a number that is not reported."""
 
 _SHORT = {
     "market1501": "M", "dukemtmcreid": "D", "msmt17": "MS", "cuhk02": "C2", "cuhk03": "C3", "cuhk_sysu": "CS",

@@ -146,11 +146,13 @@ def ranked_lists(runs: Sequence[Retrieval], count: int = QUERIES, depth: int = D
     }
     matched = int((~np.isnan(first.precisions)).sum())
     queries = f"{matched:,} with a match in {len(first.split.gallery):,} gallery images"
+    split = [("split", f"{first.number} of {first.num_splits}, numbered from 0")] if first.num_splits > 1 else []
     return RankedLists(
         target=print_name(first.split.name),
         data=first.data,
         facts=(
             ("queries", queries if matched == len(first.precisions) else f"{queries}, of {len(first.precisions):,}"),
+            *split,
             ("AP", f"average precision by {first.average_precision}"),
             ("images", f"content hash {first.content[:12]}"),
         ),

@@ -55,8 +55,9 @@ def _key(lists: RankedLists) -> str:
     of_all = [one for group in lists.groups for query in group.queries for one in query.lists]
     if any(one.maps for one in of_all):
         parts.append(
-            "Under the query and its hits: where a run's network answers, the sum of squares over the channels of its "
-            "last map, dark to bright within each map's own range; its letter names the path through the network."
+            "Under the query and its hits, for methods that have such a map: where the network answers, the sum of "
+            "squares over the channels of its last map, dark to bright within each map's own range; a letter names the "
+            "path through the network."
         )
     return f'<p class="key">{" ".join(parts)}</p>'
 

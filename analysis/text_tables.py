@@ -16,7 +16,7 @@ from itertools import groupby
 import pandas as pd
 
 _WIDTH = 120  # of wrapped notes, characters
-_WIDE = 8  # columns of numbers; a table with more is set smaller and closer in LaTeX
+_WIDE = 85  # signs of a row of plain text; a table with longer ones is set smaller and closer in LaTeX
 
 Conditions = Sequence[tuple[str, str]]
 """(name, value) lines that must stay with a table."""
@@ -196,7 +196,7 @@ def as_latex(title: str, conditions: Conditions, grids: Sequence[Grid]) -> str:
     parts: list[str] = []
     for grid in grids:
         notes = [*([] if parts else [_latex(f"{name}: {value}") for name, value in conditions]), *_LATEX.notes(grid)]
-        wide = len(grid.columns) > _WIDE
+        wide = len(_text_rows(grid, max(len(row[0]) for row in grid.rows))[-1]) > _WIDE
         heads = [f" & {' & '.join(_latex(lower) for _, lower in grid.columns)} \\\\"]
         lines = [
             f"% {': '.join(filter(None, (title, grid.title)))}",

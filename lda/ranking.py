@@ -284,9 +284,8 @@ def order_encodings(
     matches = q_pids[:, None] == g_pids
     dropped = (matches & (q_camids[:, None] == g_camids)) if camera_rule else torch.zeros_like(matches)
     counted = ~dropped & (g_pids != JUNK_PID)
-    wanted = matches & counted
-    limit = torch.where(wanted, distance + scorer.tie, distance)  # see `_match_ranks`
-    positions = np.lexsort((wanted.numpy(), limit.numpy()))  # by the limit, then non-matches first, then by position
+    limit = torch.where(matches, distance + scorer.tie, distance)  # see `_match_ranks`
+    positions = np.lexsort((matches.numpy(), limit.numpy()))  # by the limit, then non-matches first, then by position
     along = (np.take_along_axis(of.numpy(), positions, 1) for of in (matches, counted))
     return GalleryOrder(positions, *along)
 

@@ -31,13 +31,14 @@ class Retrieval:
     Attributes:
         name: the run's folder below the one that it lies in.
         label: the method in print, its inference, the seed, and how far it was trained if not to its end.
-        split: query and gallery.
+        split: query and gallery; number: its place among the num_splits of the target, from 0.
         average_precision: the formula; data: "stand-in" or "real"; content: hash of the images.
         mAP, rank1: fractions.
         precisions: (Q,) AP of every query; nan for one that has no match in the gallery.
     """
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, target: Target, split: EvaluationSet) -> None:
+        self.number, self.num_splits = target.splits.index(split), len(target.splits)
         config = checkpoint.config.replace(device="auto")  # it may have been trained on another machine's
         device = choose_device(config.machine)
         method = load_method(checkpoint, config).to(device)

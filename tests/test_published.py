@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from analysis.published import main, poster_grid, poster_protocols, published_ta
 from analysis.text_tables import Grid, Mark, as_html, as_latex, as_markdown, as_text, best_marks
 from lda.protocols import PROTOCOLS, Protocol
 
-ROOT = Path(__file__).parent.parent
 PROTOCOL_NAMES = ("protocol1", "protocol2", "protocol3")
 METRICS = {"mAP": "mAP", "rank1": "Rank-1"}
 
@@ -214,12 +212,3 @@ def test_latex_compiles(tmp_path: Path) -> None:
         pytest.skip(f"{program} has no booktabs")
     assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "tables.pdf").stat().st_size > 10_000
-
-
-def test_starts_as_a_script() -> None:
-    done = subprocess.run(
-        [sys.executable, "analysis/published.py", "--protocol", "protocol2"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == render([PROTOCOLS["protocol2"]])

@@ -134,13 +134,13 @@ def test_orders_and_their_precisions_against_naive_loop(camera_rule: bool) -> No
             for place, other in enumerate(case["gallery_pids"]):
                 dropped = camera_rule and other == pid and case["gallery_camids"][place] == camid
                 counted = not dropped and other != -1
-                images.append((-similarity[row][place], other == pid and counted, other == pid, counted))
+                images.append((-similarity[row][place], other == pid, counted))
             found = order.positions[row].tolist()
             assert sorted(found) == list(range(len(images)))
             assert [images[place][:2] for place in found] == sorted(image[:2] for image in images)
-            assert order.matches[row].tolist() == [images[place][2] for place in found]
-            assert order.counted[row].tolist() == [images[place][3] for place in found]
-            ignored += sum(not image[3] for image in images)
+            assert order.matches[row].tolist() == [images[place][1] for place in found]
+            assert order.counted[row].tolist() == [images[place][2] for place in found]
+            ignored += sum(not image[2] for image in images)
             hits = order.matches[row][order.counted[row]]
             ranks = [rank for rank, hit in enumerate(hits, start=1) if hit]
             precisions.append(np.mean([i / r for i, r in enumerate(ranks, start=1)]) if ranks else np.nan)
