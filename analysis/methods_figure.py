@@ -56,7 +56,9 @@ def methods_figure(study: Study) -> Figure:
         average = average.sort_values("mAP", ascending=False, kind="stable")
     order = average["label"]
     targets = [*study.targets, AVERAGE]
-    figure, panels = new_figure(1, len(targets), width=2.2 + 1.9 * len(targets), height=1.2 + 0.24 * len(order))
+    figure, panels = new_figure(
+        1, len(targets), width=2.2 + 1.9 * len(targets), height=max(2.2, 1.2 + 0.24 * len(order))
+    )
     with style():
         for axes, target in zip(panels[0], targets, strict=True):
             rows = table[table["target"] == target].set_index("label", drop=False).loc[order]

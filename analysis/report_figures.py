@@ -78,8 +78,8 @@ def _results(study: Study) -> Iterator[Picture]:
     except (UsageError, FailedError):  # nothing is complete yet; the page says so where its tables would be
         return
     caption = (
-        "mAP of every configuration, its 95% interval and its seeds as dots; dashed: the plain baseline. A hollow mark: "
-        "the method looked at target images."
+        "mAP of every configuration, its 95% interval and its seeds as dots; dashed: the plain baseline. A hollow "
+        "mark: the method looked at target images."
     )
     yield Picture("results", figure, caption, seed_table(study))
     costs = cost_table(study)

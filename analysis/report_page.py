@@ -57,8 +57,12 @@ def page(
     """
     facts, grids, note = _results(study)
     facts += [("left out of curves", listed(flaws))] if (flaws := metrics_flaws(study)) else []
-    title = f"{study.protocol.title}, study {study.name}"
-    html = _TEMPLATES.get_template("report.html").render(
+    title, trials, wrong = f"{study.protocol.title}, study {study.name}", trial_rows(study), failures(study)
+    if anonymous:
+        facts, note = [(name, unnamed(value)) for name, value in facts], unnamed(note)
+        trials = trials.assign(reason=[reason and unnamed(reason) for reason in trials["reason"]])
+        wrong = wrong.map(unnamed)
+    return _TEMPLATES.get_template("report.html").render(
         title=title,
         subtitle=study.record.title,
         date=today.isoformat(),
@@ -70,11 +74,10 @@ def page(
         study="" if anonymous else str(study.folder),
         sections=[_Section(key, name, figures.get(key, ()), study, anonymous) for key, name in SECTIONS.items()],
         fragments=[(fragment.title, Markup(fragment.html)) for fragment in fragments],
-        failures=_rows(failures(study)),
-        trials=sortable(trial_rows(study), "Trials"),
+        failures=_rows(wrong),
+        trials=sortable(trials, "Trials"),
         units=sortable(unit_rows(study), "Units: one run per trial, target and seed; percent"),
     )
-    return unnamed(html) if anonymous else html
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,9 @@ def index_page(rows: Sequence[Mapping[str, Any]], wrong: Sequence[str], today: d
     table = pd.DataFrame(list(rows))
     if anonymous:
         table = table.drop(columns="commit", errors="ignore")
-    html = _TEMPLATES.get_template("index.html").render(
-        title="Studies", date=today.isoformat(), wrong=wrong, studies=sortable(table, "One row per study; percent")
+    return _TEMPLATES.get_template("index.html").render(
+        title="Studies",
+        date=today.isoformat(),
+        wrong=[unnamed(line) for line in wrong] if anonymous else wrong,
+        studies=sortable(table, "One row per study; percent"),
     )
-    return unnamed(html) if anonymous else html

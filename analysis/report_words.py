@@ -97,7 +97,7 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
-_PATH = re.compile(r"(?<![\w.>])(?:[A-Za-z]:)?/(?:[^\s/:,;<>'\"()]+/)+")
+_PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?/(?:[^\s/:,;<>'\"()]+/)+")
 _HOST = re.compile(r"\bon [\w.-]+(?=: |:/)")
 
 

@@ -18,6 +18,7 @@ from lda.runs import (
     ENVIRONMENT,
     FORMAT,
     METRICS,
+    QUERIES,
     Content,
     Cost,
     Result,
@@ -113,6 +114,15 @@ def a_result(
     return Result(**{**measured, **others})
 
 
+def write_queries(path: Path, result: Result, queries: int = 20) -> None:
+    """Queries whose mean AP is the result's mAP, the last without a match; a CMC curve that begins at its Rank-1."""
+    rng = np.random.default_rng(result.seed)
+    gaps = rng.uniform(-0.1, 0.1, queries)
+    precisions = np.append(result.mAP + gaps - gaps.mean(), np.nan)
+    cmc = result.rank1 + (1 - result.rank1) * np.arange(50) / 50
+    np.savez(path, average_precisions=precisions, cmc=cmc[None])
+
+
 def write_unit(
     folder: Path, target: str, *, score: float = 0.5, finished: bool = True, bank: bool | None = None, **others: Any
 ) -> None:
@@ -126,7 +136,7 @@ def write_unit(
     rows: list[dict[str, Any]] = []
     for step in range(20, 201, 20):
         rows.append({"step": step, "epoch": step // 20, "loss/id_e": 4 - step / 100, "loss/total": 8 - step / 50})
-        rows[-1] |= {"lr": 1e-3, "images_per_second": 500.0}
+        rows[-1] |= {"lr": 1e-3, "images_per_second": 500.0, "feature/norm": 10 + step / 100}
     for step in (100, 200):
         value = score * step / 200
         rows.append({"step": step, "epoch": step // 20, "val/mAP": value, **{f"val/{s}/mAP": value for s in sources}})
@@ -134,6 +144,7 @@ def write_unit(
     if not finished:
         return
     write_json(folder / ENVIRONMENT, {"commit": "0123abc4567", "dirty": False, "versions": {"torch": "2.15.0"}})
+    write_queries(UnitFolder(folder).kept(QUERIES), result)
     if result.method == "lda" if bank is None else bank:
         write_bank(UnitFolder(folder).kept(BUFFER_BANK), sources, result.seed)
     result.write(folder)

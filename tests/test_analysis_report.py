@@ -24,6 +24,8 @@ from study_files import write_json, write_study, write_trial, write_unit
 from analysis import report
 from analysis.house_style import new_figure
 from analysis.records import Axis
+from analysis.report_figures import Picture, pictures
+from analysis.report_page import page as report_page
 from analysis.study import Study, load_study
 from analysis.study_figures import (
     draw_history,
@@ -39,6 +41,10 @@ from analysis.study_figures import (
 from analysis.tables import render
 
 ROOT = Path(__file__).parent.parent
+FIGURES = [
+    "results", "cost", "cmc", "queries", "selection", "history", "parameters", "training", "features",
+    "buffer_bank", "buffer_bank_distances", "buffer_bank_pairs",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -125,7 +131,8 @@ def test_training_curves_of_every_unit(study: Study) -> None:
     axes = one_axes()
     panel = curves[(curves["curve"] == "loss/total") & (curves["target"] == "msmt17")]
     assert draw_training(axes, panel) is axes
-    assert len(axes.lines) == 6
+    assert len(axes.lines) == 4  # of defaults, best and baseline the mean over runs, in a band
+    assert len(axes.collections) == 3
     labels = [str(line.get_label()) for line in axes.lines]
     assert sorted(label for label in labels if not label.startswith("_")) == [
         "baseline",
@@ -154,6 +161,10 @@ def test_training_figure_names_targets_and_the_oracle(study: Study, tmp_path: Pa
     assert training_figure(load_study(write_study(tmp_path / "empty", scores=()))) is None
 
 
+def flat(study: Study) -> list[Picture]:
+    return [picture for section in pictures(study).values() for picture in section]
+
+
 class Page(HTMLParser):
     """Collects what a page refers to, its pictures and its sortable tables."""
 
@@ -168,7 +179,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "link"):
             self.open.append(tag)
         for name, value in attrs:
             if name == "src" and value is not None and value.startswith("data:image/png;base64,"):
@@ -181,29 +192,26 @@ class Page(HTMLParser):
 
 
 def test_the_page_stands_alone(study: Study) -> None:
-    figures = report.pictures(study)
-    text = report.page(study, figures, date(2026, 1, 2))
+    figures = flat(study)
+    text = report_page(study, pictures(study), date(2026, 1, 2))
     page = Page(text)
     assert page.open == []
-    assert page.references == []
+    anchors = [reference for reference in page.references if reference.startswith("#")]
+    assert anchors == page.references
+    assert [f'id="{anchor[1:]}"' for anchor in anchors if f'id="{anchor[1:]}"' not in text] == []
     assert "url(" not in text
     assert "@import" not in text
-    assert [figure.name for figure in figures] == [
-        "history",
-        "parameters",
-        "training",
-        "buffer_bank",
-        "buffer_bank_distances",
-    ]
+    assert [figure.name for figure in figures] == FIGURES
     for picture in page.pictures:
         height, width, _ = image.imread(io.BytesIO(picture)).shape
         assert min(height, width) > 300
     assert len(page.pictures) == len(figures)
-    assert page.tags.count("table") == 4  # results, gains, trials, units
+    assert page.tags.count("table") == 6  # results, gains, costs, failures, trials, units
+    assert page.tags.count("textarea") == 3
 
 
 def test_the_page_says_what_it_shows(study: Study) -> None:
-    text = report.page(study, [], date(2026, 1, 2))
+    text = report_page(study, {}, date(2026, 1, 2))
     for words in ("Protocol-3, study protocol3", "2026-01-02", "STAND-IN", "source_validation", "1 per target (fresh"):
         assert words in text
     for words in ("alignment_weight (0.01 to 5.0, log scale)", "commit", "0123abc", "torch 2.15.0", "below the median"):
@@ -215,22 +223,22 @@ def test_the_page_says_what_it_shows(study: Study) -> None:
 
 def test_the_page_marks_what_a_method_is(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", method="mda", reconstructed="the latent mode", target_data=True)
-    text = report.page(load_study(folder), [], date(2026, 1, 2))
+    text = report_page(load_study(folder), {}, date(2026, 1, 2))
     assert "every method LOOKED AT unlabelled images of the target" in text
     assert "MDA [reconstruction, target images], our reading of what is not published: the latent mode" in text
     assert text.count("<td>MDA [reconstruction, target images]</td>") == 9  # units
-    assert report.pictures(load_study(folder))[-1].name == "training"  # no bank to show
+    assert pictures(load_study(folder))["bank"] == []
 
 
 def test_every_figure_says_stand_in(study: Study) -> None:
-    for picture in report.pictures(study):
-        title = picture.figure.get_suptitle()
+    for picture in flat(study):
+        title = picture.figure.get_suptitle() or picture.figure.axes[0].get_title(loc="left")
         assert "stand-in data" in title, picture.name
 
 
 def test_real_data_has_no_banner(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path / "study", data="real"))
-    assert '<p class="banner">' not in report.page(study, [], date(2026, 1, 2))
+    assert '<p class="banner">' not in report_page(study, {}, date(2026, 1, 2))
 
 
 def test_a_study_under_way_has_a_page(tmp_path: Path) -> None:
@@ -242,7 +250,9 @@ def test_a_study_under_way_has_a_page(tmp_path: Path) -> None:
     assert Page(text).open == []
     assert "no trial has finished every target yet (trials: 1 running)" in text
     assert "STAND-IN" in text
-    assert sorted(file.name for file in path.parent.iterdir()) == ["index.html", "training.pdf", "training.png"]
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "features.csv", "features.pdf", "features.png", "index.html", "training.csv", "training.pdf", "training.png",
+    ]  # fmt: skip
 
 
 def test_the_command_writes_a_folder(study: Study, tmp_path: Path) -> None:
@@ -253,9 +263,8 @@ def test_the_command_writes_a_folder(study: Study, tmp_path: Path) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-protocol3", path.parent.name)
     assert path.parent.parent == tmp_path / "reports"
     names = {file.name for file in path.parent.iterdir()}
-    figures = ("history", "parameters", "training", "buffer_bank", "buffer_bank_distances")
     assert names == {"index.html", "table.md", "table.csv", "table.tex"} | {
-        f"{figure}.{kind}" for figure in figures for kind in ("png", "pdf")
+        f"{figure}.{kind}" for figure in FIGURES for kind in ("png", "pdf", "csv")
     }
     assert (path.parent / "table.md").read_text() == render(study, "markdown")
 
@@ -266,7 +275,7 @@ def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_cells_sort_by_their_exact_value(study: Study) -> None:
-    text = report.page(study, [], date(2026, 1, 2))
+    text = report_page(study, {}, date(2026, 1, 2))
     values = [float(value) for value in re.findall(r'data-value="([^"]+)"', text)]
     assert np.isfinite(values).all()
     momentum = study.trials["param/bank_momentum"].dropna()
@@ -283,7 +292,7 @@ def test_pressing_a_head_sorts(study: Study, tmp_path: Path) -> None:
       document.title = seen.join(" | ");
     </script></body>"""
     path = tmp_path / "page.html"
-    path.write_text(report.page(study, [], date(2026, 1, 2)).replace("</body>", press))
+    path.write_text(report_page(study, {}, date(2026, 1, 2)).replace("</body>", press))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
         [*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, check=True, timeout=120

@@ -87,6 +87,7 @@ MAY_IMPORT = {
         "analysis.study",
     },
     "analysis.ranked_lists": {"lda.arguments", "lda.command", "lda.files", "lda.retrieval", "analysis"},
+    "analysis.report": {"lda.arguments", "lda.command", "lda.files", "lda.retrieval", "analysis"},
 }
 ONLY_IMPORTER = {"wandb": "lda.tracking.child", "optuna": "sweeps"}
 FORBIDDEN = {
