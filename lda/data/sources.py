@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lda.data import DEFAULTS, load_dataset
-from lda.data.catalogue import Role, facts, title
+from lda.data.catalogue import Role, Terms, facts, terms, title
 from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset
 from lda.errors import UsageError, unknown
@@ -128,6 +128,7 @@ class Task:
         content: hashes of what was read, and whether it is the stand-in.
         versions: data set -> release or crops used.
         proxy_splits: every query and gallery of the proxy domain; empty where there is none.
+        terms: data set -> licence and citation.
     """
 
     protocol: str
@@ -138,6 +139,7 @@ class Task:
     content: Content
     versions: Mapping[str, str]
     proxy_splits: tuple[EvaluationSet, ...] = ()
+    terms: Mapping[str, Terms] = field(default_factory=dict)
 
 
 def build_task(
@@ -179,6 +181,10 @@ def build_task(
     sources, validation = [], []
     for name in names:
         identities = _identities(datasets[name], rules.source_part)
+        if not identities:
+            raise UsageError(
+                f"{title(name)} has no images that train; of its sources {rules.title} takes: {rules.source_part}"
+            )
         if validation_fraction > 0:
             apart = _held_out(name, identities, validation_fraction)
             validation.append(_validation_set(name, [identities.pop(identity) for identity in apart]))
@@ -197,6 +203,7 @@ def build_task(
         ),
         versions={name: dataset.version for name, dataset in datasets.items()},
         proxy_splits=_test_splits(datasets[proxy]) if proxy else (),
+        terms={name: terms(name, dataset.standin) for name, dataset in datasets.items()},
     )
 
 
@@ -221,7 +228,11 @@ def _unseen_splits(dataset: ReidDataset, part: SourcePart) -> tuple[EvaluationSe
 
 def evaluation_splits(target: str, data_root: Path, options: DataOptions = DEFAULTS) -> Target:
     """A target alone, to be tested. Raises UsageError if it has no query and gallery or cannot be read."""
-    dataset = load_dataset(target, data_root, options)
+    return target_of(load_dataset(target, data_root, options))
+
+
+def target_of(dataset: ReidDataset) -> Target:
+    """A data set as a target. Raises UsageError if it has no query and gallery."""
     return Target(_test_splits(dataset), dataset.version, dataset.test_hash, dataset.standin)
 
 
