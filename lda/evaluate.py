@@ -61,7 +61,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="settings of the test, for all checkpoints, for example flip_test=true",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    options.every = options.target == [EVERY]
+    options.every = EVERY in options.target
+    if options.every and len(options.target) > 1:
+        raise UsageError(f"--target {EVERY}: means every target there is; leave the other names out")
     options.targets = _all_targets() if options.every else options.target
     for name in options.targets:
         facts(name)

@@ -207,14 +207,19 @@ def as_text(matrix: Matrix) -> str:
     ]
     widths = [max(len(line[place]) for line in [head, *grid]) for place in range(len(head))]
     lines = [_line(head, widths), *(_line(line, widths) for line in grid)]
-    return "\n".join([*lines, "", *map("  {}".format, notes(matrix))])
+    return "\n".join([*lines, "", *map("  {}".format, [f"mAP / Rank-1; {counted(matrix)}", *notes(matrix)])])
+
+
+def counted(matrix: Matrix) -> str:
+    """How the numbers are counted."""
+    formula = ", ".join(sorted({str(row.settings["average_precision"]) for row in matrix.rows}))
+    return f"percent, {formula} AP"
 
 
 def notes(matrix: Matrix) -> list[str]:
     """What must stay with the numbers."""
     drawn = [column.title for column in matrix.columns if column.data != "real"]
-    formula = ", ".join(sorted({str(row.settings["average_precision"]) for row in matrix.rows}))
-    found = [f"mAP / Rank-1 in percent, {formula} AP"]
+    found = []
     if drawn:
         which = "all" if len(drawn) == len(matrix.columns) else ", ".join(drawn)
         found.append(f"stand-in (drawn images, no real data set): {which}")
@@ -227,7 +232,7 @@ def notes(matrix: Matrix) -> list[str]:
 
 def _shown(cell: Cell | None) -> str:
     if cell is None:
-        return "-"
+        return "-  "
     return f"{100 * cell.mAP:.1f} / {100 * cell.rank1:.1f} {SOURCE_MARK if cell.source else ' '}"
 
 
