@@ -4,7 +4,7 @@ STEM.json: {"format": 2} and the fields of `Matrix`; written anew after every ce
 STEM.csv: one line a cell, fractions, see `COLUMNS`
 
 A number on a data set that a checkpoint was trained on says nothing of generalisation: such cells are marked wherever
-they are shown.
+they are shown. Checkpoints know their sources by name: the same images under another name pass unnoticed.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def get_protocol(name: str) -> Protocol:
         return PROTOCOLS[name]
     found = _own()
     if name not in found:
-        raise UsageError(unknown("protocol", name, names()))
+        raise UsageError(f"{unknown('protocol', name, names())}; your own are where {own.VARIABLE} says")
     return found[name]
 
 

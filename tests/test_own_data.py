@@ -139,6 +139,18 @@ def test_the_same_images_give_the_same_numbers_as_through_their_own_reader(
         assert json.loads(capsys.readouterr().out)["mAP"] == pytest.approx(theirs.mAP, abs=1e-9)
 
 
+def test_nobody_is_tested_on_what_trains(files: Path, standin_tiny: Path) -> None:
+    """The same files under two names are the same images."""
+    own = own_data.copy_of(load_dataset("market1501", standin_tiny), files, standin_tiny)
+    own_data.protocol(files, "mine", [own, "msmt17"], ["market1501"], "all")
+    with pytest.raises(
+        UsageError, match=r"My my_market1501 trains on 96 image\(s\) that Market-1501 tests, e.g. .*jpg; an"
+    ):
+        build_task("mine", "market1501", standin_tiny)
+    own_data.protocol(files, "mine", [own, "msmt17"], ["market1501"], "train")
+    assert build_task("mine", "market1501", standin_tiny).sources[0].name == own
+
+
 # --- mistakes in the table -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("change", "to", "message"),

@@ -189,12 +189,14 @@ def build_task(
             apart = _held_out(name, identities, validation_fraction)
             validation.append(_validation_set(name, [identities.pop(identity) for identity in apart]))
         sources.append(_source(name, identities))
+    splits = _unseen_splits(datasets[tested], rules.source_part) if held_out else _test_splits(datasets[target])
+    _check_unseen(sources, splits)
     return Task(
         protocol=protocol,
         target=target,
         sources=tuple(sources),
         validation=tuple(validation),
-        test_splits=_unseen_splits(datasets[tested], rules.source_part) if held_out else _test_splits(datasets[target]),
+        test_splits=splits,
         content=Content(
             sources={name: datasets[name].data_hash for name in names},
             target=datasets[tested].data_hash if held_out else datasets[target].test_hash,
@@ -241,6 +243,18 @@ def _check_division(target: str, options: DataOptions, rules: Protocol) -> None:
     for key, usual in _values(target, "division", lambda setting: setting.default).items():
         if (value := getattr(options, key)) != usual:
             raise UsageError(f"{key}: {value!r} tests persons that {rules.title} trains on; set it to {usual}")
+
+
+def _check_unseen(sources: Sequence[SourceDomain], splits: Sequence[EvaluationSet]) -> None:
+    """Raises UsageError where a file both trains and is tested: two data sets, one of them your own, may name it."""
+    tested = {record.path for split in splits for record in (*split.query, *split.gallery)}
+    for source in sources:
+        shared = [record.path for record in source.records if record.path in tested]
+        if shared:
+            raise UsageError(
+                f"{title(source.name)} trains on {len(shared)} image(s) that {title(splits[0].name)} tests, "
+                f"e.g. {shared[0]}; an unseen target shares none"
+            )
 
 
 def _load(
