@@ -144,8 +144,9 @@ def untested(
     evaluators: dict[Any, Evaluator] = {}
     for entrant in chosen:
         left = [column for column in matrix.columns if matrix.cell(entrant.row, column) is None]
-        if left:
-            yield from _row(entrant, left, targets, evaluators, check)
+        for cell in _row(entrant, left, targets, evaluators, check) if left else ():
+            matrix = matrix.with_cell(cell)  # a copy of the checkpoint may follow
+            yield cell
 
 
 def _row(
