@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,10 @@ def test_the_same_images_give_the_same_numbers_as_through_their_own_reader(
     assert mine.unit != theirs.unit
     assert mine.data == "stand-in"
     assert mine.data_sets[own[-1]] == DataSet("CC0", "nobody, 2026")
+    older = json.loads((tmp_path / "mine/result.json").read_text())
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older/result.json").write_text(json.dumps({k: v for k, v in older.items() if k != "data_sets"}))
+    assert Result.read(tmp_path / "older") == replace(mine, data_sets={})
     capsys.readouterr()
     checkpoint = ["--checkpoint", str(tmp_path / "mine/checkpoint.pt"), "--data-root", str(standin_tiny)]
     for target in (own[-1], "market1501"):
@@ -148,6 +153,9 @@ def test_nobody_is_tested_on_what_trains(files: Path, standin_tiny: Path) -> Non
     ):
         build_task("mine", "market1501", standin_tiny)
     own_data.protocol(files, "mine", [own, "msmt17"], ["market1501"], "train")
+    own_data.protocol(files, "other", ["msmt17", "cuhk03"], [own], "train")
+    with pytest.raises(UsageError, match=r"Market-1501 selects by 102 image\(s\) that My my_market1501 tests"):
+        build_task("other", own, standin_tiny, proxy="market1501")
     assert build_task("mine", "market1501", standin_tiny).sources[0].name == own
 
 

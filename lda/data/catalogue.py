@@ -39,6 +39,7 @@ division   how the same images are divided for testing
 
 
 NOT_STATED = "not stated"
+"""Of a licence or citation that neither a release nor a paper of ours gives."""
 
 
 class Terms(NamedTuple):

@@ -190,7 +190,8 @@ def build_task(
             validation.append(_validation_set(name, [identities.pop(identity) for identity in apart]))
         sources.append(_source(name, identities))
     splits = _unseen_splits(datasets[tested], rules.source_part) if held_out else _test_splits(datasets[target])
-    _check_unseen(sources, splits)
+    proxy_splits = _test_splits(datasets[proxy]) if proxy else ()
+    _check_unseen(splits, sources, (*validation, *proxy_splits))
     return Task(
         protocol=protocol,
         target=target,
@@ -204,7 +205,7 @@ def build_task(
             proxy=datasets[proxy].test_hash if proxy else "",
         ),
         versions={name: dataset.version for name, dataset in datasets.items()},
-        proxy_splits=_test_splits(datasets[proxy]) if proxy else (),
+        proxy_splits=proxy_splits,
         terms={name: terms(name, dataset.standin) for name, dataset in datasets.items()},
     )
 
@@ -245,15 +246,19 @@ def _check_division(target: str, options: DataOptions, rules: Protocol) -> None:
             raise UsageError(f"{key}: {value!r} tests persons that {rules.title} trains on; set it to {usual}")
 
 
-def _check_unseen(sources: Sequence[SourceDomain], splits: Sequence[EvaluationSet]) -> None:
-    """Raises UsageError where a file both trains and is tested: two data sets, one of them your own, may name it."""
+def _check_unseen(
+    splits: Sequence[EvaluationSet], sources: Sequence[SourceDomain], selecting: Sequence[EvaluationSet]
+) -> None:
+    """Raises UsageError where a file is tested that trains or selects: two data sets, one of them your own, name it."""
     tested = {record.path for split in splits for record in (*split.query, *split.gallery)}
-    for source in sources:
-        shared = [record.path for record in source.records if record.path in tested]
+    used = [("trains on", source.name, source.records) for source in sources]
+    used += [("selects by", images.name, (*images.query, *images.gallery)) for images in selecting]
+    for how, name, records in used:
+        shared = [record.path for record in records if record.path in tested]
         if shared:
             raise UsageError(
-                f"{title(source.name)} trains on {len(shared)} image(s) that {title(splits[0].name)} tests, "
-                f"e.g. {shared[0]}; an unseen target shares none"
+                f"{title(name)} {how} {len(shared)} image(s) that {title(splits[0].name)} tests, e.g. {shared[0]}; an "
+                "unseen target shares none"
             )
 
 
