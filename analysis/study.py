@@ -33,7 +33,7 @@ from analysis.records import (
 )
 from lda.data.catalogue import title
 from lda.errors import UsageError
-from lda.protocols import PROTOCOLS, Protocol
+from lda.protocols import Protocol, get_protocol
 from lda.runs import CONFIG, METRICS, RESULT, Cost, Result, UnitFolder, is_unit, unit_folders
 
 PARAMETER = "param/"
@@ -80,7 +80,7 @@ class Study:
     @property
     def protocol(self) -> Protocol:
         """The protocol it ran."""
-        return PROTOCOLS[self.record.protocol]
+        return get_protocol(self.record.protocol)
 
     @property
     def targets(self) -> list[str]:

@@ -35,21 +35,22 @@ def exit_code(work: Callable[[], int | None]) -> int:
         sys.stdout.flush()  # here a full disk is still told
         return code
     except UsageError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 2
     except BrokenPipeError:
         return 1
     except (OSError, FailedError) as error:
-        _say(f"failed: {error}")
+        say(f"failed: {error}")
         return 1
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         return 130
     finally:
         _drop_what_cannot_be_printed()
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line on stderr. Nobody may be there to be told: no reason to fail."""
     with contextlib.suppress(OSError):  # nobody can be told
         print(line, file=sys.stderr, flush=True)
 
@@ -165,7 +166,7 @@ def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Callabl
         yield lambda count: None
         return
     if not sys.stderr.isatty():
-        _say(title)
+        say(title)
         yield lambda count: None
         return
     from rich.console import Console

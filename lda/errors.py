@@ -21,6 +21,10 @@ class DamagedError(UsageError):
     to read warns of it and goes on without it."""
 
 
+class AbsentError(UsageError):
+    """A data set of which nothing is below the data root. Whoever has others to read may go on without it."""
+
+
 class FolderInUseError(UsageError):
     """Another process works in this folder.
 

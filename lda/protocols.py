@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from lda.data import catalogue, own
 from lda.errors import UsageError, unknown
 
 SourcePart = Literal["train", "all"]
@@ -70,8 +71,32 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
+def names() -> tuple[str, ...]:
+    """Every protocol's name, your own last. Raises UsageError for a mistake in the files of your own."""
+    return (*PROTOCOLS, *_own())
+
+
 def get_protocol(name: str) -> Protocol:
-    """Look a protocol up by name. Raises UsageError naming the nearest valid one."""
-    if name not in PROTOCOLS:
-        raise UsageError(unknown("protocol", name, PROTOCOLS))
-    return PROTOCOLS[name]
+    """Look a protocol up by name. Raises UsageError naming the nearest valid one, or a mistake in those of your own."""
+    if name in PROTOCOLS:
+        return PROTOCOLS[name]
+    found = _own()
+    if name not in found:
+        raise UsageError(f"{unknown('protocol', name, names())}; your own are where {own.VARIABLE} says")
+    return found[name]
+
+
+def _own() -> dict[str, Protocol]:
+    found = {}
+    for name, described in own.protocols().items():
+        if name in PROTOCOLS:
+            raise UsageError(f"{described.place}: name: {name!r} stands in lda/protocols.py; choose another name")
+        known = catalogue.names()
+        for data_set, place in (*described.sources.items(), *described.targets.items()):
+            if data_set not in known:
+                raise UsageError(f"{place}: {unknown('data set', data_set, known)}")
+        directions = {
+            target: tuple(source for source in described.sources if source != target) for target in described.targets
+        }
+        found[name] = Protocol(name, described.title, described.source_part, directions)
+    return found

@@ -140,6 +140,19 @@ class Weights:
 
 @_own_keys_only
 @dataclass(frozen=True)
+class DataSet:
+    """What a data set asks of whoever uses it.
+
+    Attributes:
+        licence, citation: one line each; "not stated" where nothing is known.
+    """
+
+    licence: str
+    citation: str
+
+
+@_own_keys_only
+@dataclass(frozen=True)
 class Split:
     """The metrics of one test split; see `Result`."""
 
@@ -182,6 +195,7 @@ class Result:
         data: "stand-in" (drawn images, no real data set) or "real".
         content: hashes of the images.
         versions: data set -> the release that was found.
+        data_sets: data set -> its licence and citation; empty in what older versions wrote.
         seconds: wall clock of the unit.
         images_per_second: training throughput.
         steps: training steps.
@@ -222,6 +236,7 @@ class Result:
     data: Literal["stand-in", "real"]
     content: Content
     versions: dict[str, str]
+    data_sets: dict[str, DataSet] = field(default_factory=dict)
     seconds: float
     images_per_second: float
     steps: int

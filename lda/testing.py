@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,17 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lda.config import Config
+from lda.config import Config, check_keys
 from lda.data.cache import cache_dir
+from lda.data.catalogue import facts, names
 from lda.data.packed import pack
 from lda.data.records import ImageRecord
 from lda.data.sources import EvaluationSet
 from lda.data.transforms import normalise
 from lda.device import forward_context
 from lda.errors import UsageError
-from lda.groups import Test
+from lda.groups import Machine, Test
 from lda.methods.base import Method, Side, TargetImages
 from lda.ranking import GalleryOrder, RankingResult, Scorer, order_encodings, rank_encodings
+from lda.settings import settings_of
 
 _Pair = tuple[Tensor, Tensor, list[int], list[int], list[int], list[int]]  # encodings, pids, camids: query's, gallery's
 
@@ -178,8 +180,7 @@ class Evaluator:
     @torch.inference_mode()
     def _encodings(self, method: Method, scorer: Scorer, rows: Sequence[int]) -> Tensor:
         """The encodings of some images, (N, ...)."""
-        if self.test.flip_test and not scorer.adds_flip:
-            raise UsageError(f"flip_test: encodings of {method.title} cannot be added; set flip_test=false")
+        check_flip(method, scorer, self.test)
         found: list[Tensor] = []
         for start in range(0, len(rows), self._batch):
             self._check()
@@ -207,14 +208,54 @@ class _CheckedScorer:
         return self._scorer.scores(query, gallery)
 
 
+def test_settings(config: Config) -> list[str]:
+    """The settings that a test of this run's method can be told, whatever it was trained with."""
+    own = [key for key, known in settings_of(type(config.method.settings)).items() if known.test]
+    return [*own, *settings_of(Test), *_choosing_test_images()]
+
+
+def test_config(trained: Config, target: str, changes: Mapping[str, Any]) -> Config:
+    """The settings under which a trained run is tested again.
+
+    Raises UsageError for a setting of training, which is over, and for one that the method contradicts.
+    """
+    check_keys(changes, trained.method.name)
+    told = test_settings(trained)
+    for key in changes:
+        if key not in (*told, *settings_of(Machine)):
+            raise UsageError(
+                f"--set {key}: is a setting of training, which is over; a test of {trained.method.name} can be told: "
+                f"{', '.join(told)}"
+            )
+    return trained.replace(target=target, **changes)
+
+
+def _choosing_test_images() -> list[str]:
+    """The options of data sets that choose a query and gallery, and not what trains."""
+    roles = [(option, role) for name in names() for option, role in facts(name).options.items()]
+    return [option for option, role in roles if role != "extent"]
+
+
 def check_target(method: Method, splits: Sequence[EvaluationSet]) -> None:
     """Raises UsageError for a target whose cameras are unknown and a method that adapts to them. Source validation
     takes such a set for one camera instead: otherwise no such method could train beside it."""
-    if method.looks_at_target and not splits[0].camera_rule:
+    if method.looks_at_target:
+        check_cameras(method.title, splits)
+
+
+def check_cameras(title: str, splits: Sequence[EvaluationSet]) -> None:
+    """Raises UsageError for a target whose cameras are unknown; `title`: of a method that adapts to them."""
+    if not splits[0].camera_rule:
         raise UsageError(
-            f"target: {splits[0].name} says no cameras, which {method.title} adapts to; choose another target, or an "
+            f"target: {splits[0].name} says no cameras, which {title} adapts to; choose another target, or an "
             "inference that does not look at it"
         )
+
+
+def check_flip(method: Method, scorer: Scorer, test: Test) -> None:
+    """Raises UsageError for `flip_test` and a method whose encodings are no vectors that could be added."""
+    if test.flip_test and not scorer.adds_flip:
+        raise UsageError(f"flip_test: encodings of {method.title} cannot be added; set flip_test=false")
 
 
 def chosen_splits(splits: Sequence[EvaluationSet], test: Test) -> Sequence[EvaluationSet]:

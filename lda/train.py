@@ -11,12 +11,12 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lda import config as configs
-from lda import methods
+from lda import methods, protocols
 from lda.arguments import HIGHEST_SEED, Parser, checked, existing_folder, output_folder, whole
 from lda.command import exit_code, interruptible, openmp_threads
 from lda.data.cache import check_cache
 from lda.errors import UsageError
-from lda.protocols import PROTOCOLS, get_protocol
+from lda.protocols import get_protocol
 from lda.runs import UnitFolder, print_method
 
 
@@ -27,7 +27,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Train on a protocol's source domains, select on held-out source identities, test on the target.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--protocol", default="protocol3", help=", ".join(PROTOCOLS))
+    parser.add_argument("--protocol", default="protocol3", help=", ".join(protocols.names()))
     parser.add_argument("--target", default="market1501", help="the unseen target domain")
     parser.add_argument("--data-root", type=existing_folder, help="folder with the data sets; without it, the stand-in")
     parser.add_argument("--preset", help="standin or real (default: as the images are)")

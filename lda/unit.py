@@ -22,7 +22,7 @@ from lda.groups import LEFT_OUT
 from lda.kept import Kept
 from lda.methods.base import Method
 from lda.parts.backbones import Backbone
-from lda.runs import METRICS, QUERIES, Content, Cost, Result, RunFolder, Selection, Split, UnitFolder, Weights
+from lda.runs import METRICS, QUERIES, Content, Cost, DataSet, Result, RunFolder, Selection, Split, UnitFolder, Weights
 from lda.testing import Evaluation, Evaluator, check_target, chosen_splits, metrics
 from lda.tracking import RunLabels, Tracker
 from lda.trainer import Trainer
@@ -330,6 +330,7 @@ class _Unit:
             data=self.task.content.kind,
             content=Content(dict(content.sources), content.target, content.proxy),
             versions=dict(self.task.versions),
+            data_sets={name: DataSet(**known._asdict()) for name, known in self.task.terms.items()},
             seconds=round(self._seconds() + sum(result.seconds for result in self.left_out.values()), 2),
             images_per_second=round(self.images_per_second, 1),
             steps=self.trainer.step,

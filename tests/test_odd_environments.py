@@ -52,17 +52,18 @@ RUN, BANK, TABLES, REPORT = (  # a checkout may have spaces in its path
     shlex.quote(f"{REPOSITORY}/{file}")
     for file in ("sweeps/run.py", "analysis/buffer_bank.py", "analysis/tables.py", "analysis/report.py")
 )
-TRAINING = frozenset({"cache", "threads", "methods"})
-STUDY = frozenset({"cache", "methods", "storage"})
+TRAINING = frozenset({"cache", "threads", "methods", "data"})
+STUDY = frozenset({"cache", "methods", "storage", "data"})
+DATA = frozenset({"data"})
 COMMANDS = [
     Command("list", f"{RUN} --list"),
     Command("draw_splits", "-m lda.data.draw_splits"),
     Command("status", f"{RUN} --study smoke --status", frozenset({"storage"}), code=2),  # no such study yet
-    Command("doctor", "-m lda.data.doctor --data-root {world}/sets --dataset cuhk02 --lenient"),
-    Command("tables", f"{TABLES} {{world}}/done"),
+    Command("doctor", "-m lda.data.doctor --data-root {world}/sets --dataset cuhk02 --lenient", DATA),
+    Command("tables", f"{TABLES} {{world}}/done", DATA),
     Command("slurm", "-m sweeps.slurm --logs logs -- --study smoke", frozenset({"slurm"}), code=2),  # sqlite
-    Command("buffer_bank", f"{BANK} {{world}}/done --output out --layers bn1 --channels 8", quick=False),
-    Command("report", f"{REPORT} {{world}}/done --output out", quick=False),
+    Command("buffer_bank", f"{BANK} {{world}}/done --output out --layers bn1 --channels 8", DATA, quick=False),
+    Command("report", f"{REPORT} {{world}}/done --output out", DATA, quick=False),
     Command("report_help", f"{REPORT} --help", quick=False),
     Command("carry_in", "-m sweeps.carry import {world}/mine.yaml --output out", code=2),  # no such file
     Command("carry_out", "-m sweeps.carry export {world}/sets out", frozenset({"storage"}), code=2),  # no study
@@ -189,6 +190,7 @@ ODDITIES = {
     "a storage of no kind": Oddity({"LDA_STORAGE": "nonsense"}, refused=users_of("storage", "unknown kind of storage")),
     "methods nowhere": Oddity({"LDA_METHODS": "nowhere"}, refused=users_of("methods", "LDA_METHODS: ")),
     "methods of nobody": Oddity({"LDA_METHODS": "~nobodyhere/x"}, refused=users_of("methods", "LDA_METHODS: ")),
+    "data sets nowhere": Oddity({"LDA_DATASETS": "nowhere"}, refused=users_of("data", "LDA_DATASETS: ")),
     "a cache that is a file": Oddity({"LDA_CACHE_DIR": "/etc/passwd"}, refused=users_of("cache", "cache folder (set ")),
     "a cache of nobody": Oddity({"LDA_CACHE_DIR": "~nobodyhere/x"}, refused=users_of("cache", "LDA_CACHE_DIR: ")),
     "no stdin": Oddity(shell='exec "$@" <&-'),

@@ -163,7 +163,11 @@ def test_weights_are_recorded_and_older_records_have_none(tmp_path: Path) -> Non
 
 
 FIELDS = {field.name for field in dataclasses.fields(Result)}
-OPTIONAL = {field.name for field in dataclasses.fields(Result) if field.default is not dataclasses.MISSING}
+OPTIONAL = {
+    field.name
+    for field in dataclasses.fields(Result)
+    if not field.default is field.default_factory is dataclasses.MISSING
+}
 
 
 @pytest.mark.parametrize("key", sorted(FIELDS - OPTIONAL))
@@ -294,7 +298,10 @@ def test_a_real_run_writes_what_is_documented(standin_tiny: Path, tmp_path: Path
     assert unit.result == result
     assert unit.settings == config.to_dict()
     assert (unit.unit, unit.training) == (result.unit, result.training)
-    assert set(json.loads((tmp_path / RESULT).read_text())) == {"format", "reference", "kept"} | FIELDS - OPTIONAL
+    assert (
+        set(json.loads((tmp_path / RESULT).read_text()))
+        == {"format", "reference", "kept", "data_sets"} | FIELDS - OPTIONAL
+    )
     assert result.title == "LDA"
     assert result.cost.train_passes == 2
     assert result.parameters > 0

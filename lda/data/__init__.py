@@ -16,7 +16,7 @@ from lda.data import catalogue
 from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset
 from lda.data.survey import Severity, StandIn, Survey
-from lda.errors import UsageError
+from lda.errors import AbsentError, UsageError
 
 __all__ = ["DataOptions", "ImageRecord", "ReidDataset", "load_dataset", "survey_dataset"]
 
@@ -45,7 +45,7 @@ def load_dataset(
         changes: fields of `options` by name, for example cuhk03_boxes="detected".
 
     Raises:
-        UsageError: with everything that is wrong, in one line.
+        UsageError: with everything that is wrong, in one line; AbsentError where nothing of it is there.
     """
     facts = catalogue.facts(name)
     if facts.withdrawn and not legacy:
@@ -53,7 +53,8 @@ def load_dataset(
     dataset, survey = survey_dataset(name, root, dataclasses.replace(options, **changes))
     refused = survey.refused(strict)
     if refused or dataset is None:
-        raise UsageError("; ".join(finding.text for finding in refused))
+        text = "; ".join(finding.text for finding in refused)
+        raise AbsentError(text) if survey.absent else UsageError(text)
     told = [finding.text for finding in survey.findings if finding.severity >= Severity.WARNING]
     if told:
         warnings.warn("; ".join(told), stacklevel=2)

@@ -1,4 +1,5 @@
 """`python -m lda.data.doctor --data-root DIR`: what is there, its counts beside the published ones, what is wrong.
+With `--show FILE.html` also what it looks like: some persons of every data set, as a page of its own.
 
 Exit status: 0 all that was found is sound, 1 something is wrong, 2 bad usage. A data set that is simply not there is
 reported, and wrong only if it was asked for by name or nothing at all was found.
@@ -14,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lda.arguments import Parser, existing_folder
+from lda.arguments import Parser, existing_folder, output_file
 from lda.command import exit_code
-from lda.data import catalogue, survey_dataset
+from lda.data import catalogue, contact_sheet, survey_dataset
 from lda.data.cache import cache_dir, check_cache
 from lda.data.options import DataOptions
 from lda.data.packed import verify as verify_packed
@@ -24,6 +25,7 @@ from lda.data.records import ReidDataset
 from lda.data.survey import Finding, Severity, Survey, quoted
 from lda.data.verify import SMALL, Check, check_images
 from lda.errors import UsageError
+from lda.files import atomic
 from lda.settings import settings_of
 
 _WORDS = {Severity.NOTE: "note", Severity.WARNING: "warning", Severity.STRICT: "error", Severity.ERROR: "error"}
@@ -112,6 +114,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="only these, and wrong if missing (default: all but withdrawn ones): " + ", ".join(catalogue.names()),
     )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="decode every image once; results are remembered")
+    parser.add_argument(
+        "--show", type=output_file, metavar="FILE.html", help="write a page with some persons of every data set"
+    )
     parser.add_argument("--lenient", action="store_true", help="warn of differences from the published data sets")
     options = parser.parse_args(arguments)
     if options.verify:
@@ -123,11 +128,40 @@ def _examine(options: argparse.Namespace) -> int:
     """Print the report; 1 if something is wrong."""
     root = options.data_root.absolute()
     diagnoses = diagnose(root, options.dataset, strict=not options.lenient, verify=options.verify)
+    if options.show:
+        with atomic(options.show) as file:
+            file.write(_sheet(root, diagnoses))
     damaged = _damaged_packs(cache_dir()) if options.verify else []
     for line in (*report(diagnoses), *(f"error: {path}: damaged packed images; delete it" for path in damaged)):
         print(line)
     verdicts = {diagnosis.verdict for diagnosis in diagnoses}
     return int("wrong" in verdicts or verdicts == {"absent"} or bool(damaged))
+
+
+def _sheet(root: Path, diagnoses: Sequence[Diagnosis]) -> str:
+    """The page of `--show`."""
+    there = [diagnosis for diagnosis in diagnoses if diagnosis.survey.found or diagnosis.verdict != "absent"]
+    absent = [diagnosis.title for diagnosis in diagnoses if diagnosis not in there]
+    return contact_sheet.page(f"Data sets below {root}", list(map(_section, there)), absent)
+
+
+def _section(diagnosis: Diagnosis) -> contact_sheet.Section:
+    survey, dataset = diagnosis.survey, diagnosis.dataset
+    cameras, drawn = catalogue.facts(survey.name).cameras, dataset is not None and dataset.standin
+    terms = catalogue.terms(survey.name, drawn)
+    found = [("place", str(survey.found.folder))] if survey.found else []
+    version = [("version", dataset.version)] if dataset else []
+    return contact_sheet.Section(
+        title=diagnosis.title,
+        verdict=diagnosis.verdict,
+        facts=[*found, *version, ("licence", terms.licence), ("citation", terms.citation)],
+        drawn=drawn,
+        counts=survey.counts,
+        expected="in STANDIN.json" if survey.standin else "published",
+        findings=[(_word(finding, diagnosis), finding.text) for finding in survey.findings],
+        persons=contact_sheet.persons(dataset, cameras) if dataset else {},
+        cameras=cameras,
+    )
 
 
 def _kinds(name: str) -> list[tuple[str, DataOptions]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lda.data import DEFAULTS, load_dataset
-from lda.data.catalogue import Role, facts, title
+from lda.data.catalogue import Role, Terms, facts, terms, title
 from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset
 from lda.errors import UsageError, unknown
@@ -128,6 +128,7 @@ class Task:
         content: hashes of what was read, and whether it is the stand-in.
         versions: data set -> release or crops used.
         proxy_splits: every query and gallery of the proxy domain; empty where there is none.
+        terms: data set -> licence and citation.
     """
 
     protocol: str
@@ -138,6 +139,7 @@ class Task:
     content: Content
     versions: Mapping[str, str]
     proxy_splits: tuple[EvaluationSet, ...] = ()
+    terms: Mapping[str, Terms] = field(default_factory=dict)
 
 
 def build_task(
@@ -179,16 +181,23 @@ def build_task(
     sources, validation = [], []
     for name in names:
         identities = _identities(datasets[name], rules.source_part)
+        if not identities:
+            raise UsageError(
+                f"{title(name)} has no images that train; of its sources {rules.title} takes: {rules.source_part}"
+            )
         if validation_fraction > 0:
             apart = _held_out(name, identities, validation_fraction)
             validation.append(_validation_set(name, [identities.pop(identity) for identity in apart]))
         sources.append(_source(name, identities))
+    splits = _unseen_splits(datasets[tested], rules.source_part) if held_out else _test_splits(datasets[target])
+    proxy_splits = _test_splits(datasets[proxy]) if proxy else ()
+    _check_unseen(splits, sources, (*validation, *proxy_splits))
     return Task(
         protocol=protocol,
         target=target,
         sources=tuple(sources),
         validation=tuple(validation),
-        test_splits=_unseen_splits(datasets[tested], rules.source_part) if held_out else _test_splits(datasets[target]),
+        test_splits=splits,
         content=Content(
             sources={name: datasets[name].data_hash for name in names},
             target=datasets[tested].data_hash if held_out else datasets[target].test_hash,
@@ -196,7 +205,8 @@ def build_task(
             proxy=datasets[proxy].test_hash if proxy else "",
         ),
         versions={name: dataset.version for name, dataset in datasets.items()},
-        proxy_splits=_test_splits(datasets[proxy]) if proxy else (),
+        proxy_splits=proxy_splits,
+        terms={name: terms(name, dataset.standin) for name, dataset in datasets.items()},
     )
 
 
@@ -221,7 +231,11 @@ def _unseen_splits(dataset: ReidDataset, part: SourcePart) -> tuple[EvaluationSe
 
 def evaluation_splits(target: str, data_root: Path, options: DataOptions = DEFAULTS) -> Target:
     """A target alone, to be tested. Raises UsageError if it has no query and gallery or cannot be read."""
-    dataset = load_dataset(target, data_root, options)
+    return target_of(load_dataset(target, data_root, options))
+
+
+def target_of(dataset: ReidDataset) -> Target:
+    """A data set as a target. Raises UsageError if it has no query and gallery."""
     return Target(_test_splits(dataset), dataset.version, dataset.test_hash, dataset.standin)
 
 
@@ -230,6 +244,22 @@ def _check_division(target: str, options: DataOptions, rules: Protocol) -> None:
     for key, usual in _values(target, "division", lambda setting: setting.default).items():
         if (value := getattr(options, key)) != usual:
             raise UsageError(f"{key}: {value!r} tests persons that {rules.title} trains on; set it to {usual}")
+
+
+def _check_unseen(
+    splits: Sequence[EvaluationSet], sources: Sequence[SourceDomain], selecting: Sequence[EvaluationSet]
+) -> None:
+    """Raises UsageError where a file is tested that trains or selects: two data sets, one of them your own, name it."""
+    tested = {record.path for split in splits for record in (*split.query, *split.gallery)}
+    used = [("trains on", source.name, source.records) for source in sources]
+    used += [("selects by", images.name, (*images.query, *images.gallery)) for images in selecting]
+    for how, name, records in used:
+        shared = [record.path for record in records if record.path in tested]
+        if shared:
+            raise UsageError(
+                f"{title(name)} {how} {len(shared)} image(s) that {title(splits[0].name)} tests, e.g. {shared[0]}; an "
+                "unseen target shares none"
+            )
 
 
 def _load(

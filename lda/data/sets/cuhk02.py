@@ -11,12 +11,18 @@ pid = pair * 10,000 + number, and the cameras of the five pairs are counted thro
 
 from __future__ import annotations
 
-from lda.data.catalogue import Facts
+from lda.data.catalogue import NOT_STATED, Facts
 from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset
 from lda.data.survey import Count, Grammar, Layout, Survey, child
 
-FACTS = Facts(title="CUHK02", order=4)
+FACTS = Facts(
+    title="CUHK02",
+    licence=NOT_STATED,
+    citation="Li and Wang, Locally Aligned Feature Transforms across Views, CVPR 2013",
+    order=4,
+    tested=False,
+)
 
 PAIRS = (1, 2, 3, 4, 5)
 VIEWS = (1, 2)

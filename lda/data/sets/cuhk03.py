@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from lda.data.cache import cache_dir
-from lda.data.catalogue import Facts
+from lda.data.catalogue import NOT_STATED, Facts
 from lda.data.making import whole_folder
 from lda.data.matlab import load_mat
 from lda.data.options import DataOptions
@@ -40,7 +40,13 @@ from lda.data.records import ImageRecord, ReidDataset, Split
 from lda.data.survey import Count, Found, Grammar, Layout, Survey, listing, quoted
 from lda.errors import UsageError
 
-FACTS = Facts(title="CUHK03", order=5, options={"cuhk03_boxes": "files", "cuhk03_protocol": "division"})
+FACTS = Facts(
+    title="CUHK03",
+    licence=NOT_STATED,
+    citation="Li et al., DeepReID: Deep Filter Pairing Neural Network for Person Re-identification, CVPR 2014",
+    order=5,
+    options={"cuhk03_boxes": "files", "cuhk03_protocol": "division"},
+)
 
 PUBLISHED = {
     "labeled": {"train": Count(767, 7368, 2), "query": Count(700, 1400, 2), "gallery": Count(700, 5328, 2)},

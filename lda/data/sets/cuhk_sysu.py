@@ -16,12 +16,19 @@ as in the tools that read layout a (MetaBIN takes the scene number instead).
 
 from __future__ import annotations
 
-from lda.data.catalogue import Facts
+from lda.data.catalogue import NOT_STATED, Facts
 from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset
 from lda.data.survey import Count, Grammar, Layout, Survey
 
-FACTS = Facts(title="CUHK-SYSU", order=3, cameras=False)
+FACTS = Facts(
+    title="CUHK-SYSU",
+    licence=NOT_STATED,
+    citation="Xiao et al., Joint Detection and Identification Feature Learning for Person Search, CVPR 2017",
+    order=3,
+    cameras=False,
+    tested=False,
+)
 
 PUBLISHED = Count(11934, 34574, 1)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lda.data.catalogue import Facts
+from lda.data.catalogue import NOT_STATED, Facts
 from lda.data.matlab import load_mat
 from lda.data.options import DataOptions
 from lda.data.records import ReidDataset, Split
@@ -24,7 +24,13 @@ from lda.data.splits import NUM_SPLITS, RULES, load_draws
 from lda.data.survey import Count, Grammar, Layout, Survey, child, quoted
 from lda.errors import UsageError
 
-FACTS = Facts(title="GRID", order=7, single_shot=True)
+FACTS = Facts(
+    title="GRID",
+    licence=NOT_STATED,
+    citation="Loy et al., Time-Delayed Correlation Analysis for Multi-Camera Activity Understanding, IJCV 2010",
+    order=7,
+    single_shot=True,
+)
 
 CAMERAS = 8  # claimed; labels 1 to 6 occur
 BACKGROUND = 0

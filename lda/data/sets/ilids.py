@@ -12,13 +12,19 @@ camera the same-camera rule would invalidate every query.
 
 from __future__ import annotations
 
-from lda.data.catalogue import Facts
+from lda.data.catalogue import NOT_STATED, Facts
 from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset, Split
 from lda.data.splits import RULES, load_draws
 from lda.data.survey import Count, Grammar, Layout, Survey, quoted
 
-FACTS = Facts(title="i-LIDS", order=9, single_shot=True)
+FACTS = Facts(
+    title="i-LIDS",
+    licence=NOT_STATED,
+    citation="Zheng et al., Associating Groups of People, BMVC 2009",
+    order=9,
+    single_shot=True,
+)
 
 PUBLISHED = Count(119, 476)
 

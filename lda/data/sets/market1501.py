@@ -12,12 +12,17 @@ person 0 is background, which stays in the gallery and must not train.
 
 from __future__ import annotations
 
-from lda.data.catalogue import Facts
+from lda.data.catalogue import NOT_STATED, Facts
 from lda.data.options import DataOptions
 from lda.data.records import ReidDataset
 from lda.data.survey import Count, Grammar, Layout, Survey
 
-FACTS = Facts(title="Market-1501", order=1)
+FACTS = Facts(
+    title="Market-1501",
+    licence=NOT_STATED,
+    citation="Zheng et al., Scalable Person Re-identification: A Benchmark, ICCV 2015",
+    order=1,
+)
 
 CAMERAS = 6
 JUNK, BACKGROUND = -1, 0

@@ -19,12 +19,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lda.data.catalogue import Facts
+from lda.data.catalogue import NOT_STATED, Facts
 from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset
 from lda.data.survey import Count, Grammar, Layout, Survey, child, listing, quoted, subfolders
 
-FACTS = Facts(title="MSMT17", order=2, options={"msmt17_train": "extent"})
+FACTS = Facts(
+    title="MSMT17",
+    licence=NOT_STATED,
+    citation="Wei et al., Person Transfer GAN to Bridge Domain Gap for Person Re-identification, CVPR 2018",
+    order=2,
+    options={"msmt17_train": "extent"},
+)
 
 CAMERAS = 15
 

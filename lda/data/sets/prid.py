@@ -11,13 +11,19 @@ Layout: `prid_2011/single_shot/{cam_a,cam_b}/person_0001.png`.
 
 from __future__ import annotations
 
-from lda.data.catalogue import Facts
+from lda.data.catalogue import NOT_STATED, Facts
 from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset, Split
 from lda.data.splits import RULES, load_draws
 from lda.data.survey import Count, Grammar, Layout, Survey, quoted
 
-FACTS = Facts(title="PRID2011", order=6, single_shot=True)
+FACTS = Facts(
+    title="PRID2011",
+    licence=NOT_STATED,
+    citation="Hirzer et al., Person Re-identification by Descriptive and Discriminative Classification, SCIA 2011",
+    order=6,
+    single_shot=True,
+)
 
 SHARED = 200  # persons 1 to 200 are seen by both cameras
 

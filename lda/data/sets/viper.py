@@ -14,13 +14,19 @@ Persons are paired by number, not by position (torchreid): one lost file must no
 
 from __future__ import annotations
 
-from lda.data.catalogue import Facts
+from lda.data.catalogue import NOT_STATED, Facts
 from lda.data.options import DataOptions
 from lda.data.records import ImageRecord, ReidDataset, Split
 from lda.data.splits import RULES, load_draws
 from lda.data.survey import Count, Found, Grammar, Layout, Survey, quoted
 
-FACTS = Facts(title="VIPeR", order=8, single_shot=True)
+FACTS = Facts(
+    title="VIPeR",
+    licence=NOT_STATED,
+    citation="Gray et al., Evaluating Appearance Models for Recognition, Reacquisition, and Tracking, PETS 2007",
+    order=8,
+    single_shot=True,
+)
 
 PUBLISHED = Count(632, 632, 1)
 
