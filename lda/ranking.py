@@ -136,6 +136,13 @@ class Scorer(Protocol):
         """(C, W) scores of prepared encodings (C, ...) and (W, ...), larger = more alike. No state, no gradient."""
 
 
+class Reranking(Protocol):
+    """Scores that depend on all images of a query and gallery set, such as `lda.reranking.KReciprocal`."""
+
+    def scores(self, scorer: Scorer, query: Tensor, gallery: Tensor) -> Scores:
+        """Scores of query (Q, ...) and gallery (G, ...), which tie as the scorer's do."""
+
+
 class CosineScorer:
     """Cosine similarity of (N, D) feature vectors, one matrix product a query chunk. The default of every method."""
 
@@ -200,6 +207,7 @@ def rank_encodings(
     camera_rule: bool = True,
     chunk: int = 256,
     single_gallery_shot: bool = False,
+    reranking: Reranking | None = None,
 ) -> RankingResult:
     """Rank the gallery for every query by a scorer of encodings and average the metrics.
 
@@ -211,6 +219,7 @@ def rank_encodings(
         gallery: (G, ...), same sizes after the first.
         query_pids, gallery_pids, query_camids, gallery_camids, ap, camera_rule, chunk, single_gallery_shot: see
             `rank_blocks`. Junk images of the gallery are not compared.
+        reranking: makes scores from all of these encodings and the scorer; None: the scorer's own.
 
     Raises:
         UsageError: (a ValueError) sizes that do not fit, encodings or scores that are not finite, or what `rank_blocks`
@@ -232,15 +241,21 @@ def rank_encodings(
         chunk = min(chunk, pairs)
         gallery_chunk = pairs // max(chunk, 1)
     with _full_precision():
-        gallery = scorer.prepare(gallery)
-
-    def scores(rows: slice, columns: slice) -> Tensor:
-        return scorer.scores(scorer.prepare(query[rows]), gallery[columns])
-
+        scores = _scores(scorer, query, gallery) if reranking is None else reranking.scores(scorer, query, gallery)
     return rank_blocks(
         scores, q_pids, g_pids, query_camids, g_camids, ap=ap, camera_rule=camera_rule, chunk=chunk,
         gallery_chunk=gallery_chunk, single_gallery_shot=single_gallery_shot, tie=scorer.tie,
     )  # fmt: skip
+
+
+def _scores(scorer: Scorer, query: Tensor, gallery: Tensor) -> Scores:
+    """The scorer's own."""
+    prepared = scorer.prepare(gallery)
+
+    def scores(rows: slice, columns: slice) -> Tensor:
+        return scorer.scores(scorer.prepare(query[rows]), prepared[columns])
+
+    return scores
 
 
 @torch.no_grad()

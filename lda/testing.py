@@ -23,6 +23,7 @@ from lda.errors import UsageError
 from lda.groups import Test
 from lda.methods.base import Method, Side, TargetImages
 from lda.ranking import RankingResult, Scorer, rank_encodings
+from lda.reranking import KReciprocal
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Evaluator:
     ) -> None:
         self.splits, self.test, self.device, self._check = splits, config.test, device, check
         self._batch = config.machine.evaluation_batch
+        self._reranking = _reranking(config.test)
         records = [record for split in splits for record in (*split.query, *split.gallery)]
         self._records = list({record.path: record for record in records}.values())
         self._row = {record.path: row for row, record in enumerate(self._records)}
@@ -76,6 +78,11 @@ class Evaluator:
         was_training = method.training
         method.eval()
         scorer = method.scorer()
+        if self._reranking is not None and scorer.pair_cost is not None:
+            raise UsageError(
+                f"reranking: {method.title} compares images pair by pair, and its scores are no distances; "
+                "set reranking=none"
+            )
         if method.looks_at_target:
             encodings = self._adapted_encodings(method, scorer)
         else:
@@ -126,6 +133,7 @@ class Evaluator:
             ap=self.test.average_precision,
             camera_rule=split.camera_rule,
             single_gallery_shot=split.single_gallery_shot,
+            reranking=self._reranking,
         )
         single = split.single_shot and self.test.average_precision == "step"
         if single and not math.isclose(ranking.mAP, ranking.mINP, abs_tol=1e-9):
@@ -150,6 +158,12 @@ class Evaluator:
                     output = output + method.encode(images.flip(3))
             found.append(output.float())
         return torch.cat(found)
+
+
+def _reranking(test: Test) -> KReciprocal | None:
+    if test.reranking == "none":
+        return None
+    return KReciprocal(test.reranking_k1, test.reranking_k2, test.reranking_lambda)
 
 
 class _CheckedScorer:

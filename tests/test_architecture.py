@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "lda.command": set(),
     "lda.arguments": set(),
     "lda.ranking": set(),
+    "lda.reranking": {"lda.ranking"},
     "lda.tracking": {"lda.tracking"},
     "lda.groups": {"lda.settings"},
     "lda.runs": {"lda.code", "lda.files", "lda.settings"},
