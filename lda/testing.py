@@ -151,13 +151,23 @@ class Evaluator:
         found: list[Tensor] = []
         for start in range(0, len(rows), self._batch):
             self._check()
-            images = normalise(self._images.batch(np.array(rows[start : start + self._batch])).to(self.device))
-            with forward_context(self.device):
-                output = method.encode(images)
-                if self.test.flip_test:
-                    output = output + method.encode(images.flip(3))
-            found.append(output.float())
+            images = self._images.batch(np.array(rows[start : start + self._batch]))
+            found.append(encodings_of(method, images, self.test, self.device))
         return torch.cat(found)
+
+
+@torch.inference_mode()
+def encodings_of(method: Method, images: Tensor, test: Test, device: torch.device) -> Tensor:
+    """What the scorer compares of uint8 images (B, 3, H, W), as a test finds it: (B, ...) float32 on the device."""
+    normalised = normalise(images.to(device))
+    with forward_context(device):
+        return encoded(method, normalised, test).float()
+
+
+def encoded(method: Method, images: Tensor, test: Test) -> Tensor:
+    """The encodings of normalised images (B, 3, H, W), with `flip_test` those of image and mirror image added."""
+    output = method.encode(images)
+    return output + method.encode(images.flip(3)) if test.flip_test else output
 
 
 def _reranking(test: Test) -> KReciprocal | None:
