@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
     from lda.features import Features
+
+    _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # What imports torch is imported where it is needed: mistakes answer at once.
 
@@ -149,7 +152,7 @@ def _tile(
     corner: tuple[int, int],
     file: Path,
     words: tuple[str, str],
-    fonts: tuple[ImageFont.ImageFont | ImageFont.FreeTypeFont, ImageFont.ImageFont | ImageFont.FreeTypeFont],
+    fonts: tuple[_Font, _Font],
 ) -> None:
     """One image in its box, centred at the foot, and below it a line of large and some of small type."""
     from PIL import Image
@@ -167,15 +170,18 @@ def _tile(
         pen.text((x, y + height + 16 + _LARGE + number * (_SMALL + 4)), text, fill=_PALE, font=fonts[1])
 
 
-def _lines(path: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
-    """A path in lines that fit, of its end where it is too long."""
-    rest, lines = path, list[str]()
-    while rest and len(lines) < _PATH_LINES:
-        length = next((n for n in range(len(rest), 1, -1) if font.getlength(rest[-n:]) <= width), 1)
-        lines.append(rest[-length:])
-        rest = rest[:-length]
-    lines.reverse()
-    return [f"\N{HORIZONTAL ELLIPSIS}{lines[0][2:]}", *lines[1:]] if rest else lines
+def _lines(path: str, width: int, font: _Font) -> list[str]:
+    """A path in lines that fit, broken where names are; of one that is too long the end."""
+    lines = [""]
+    for part in re.findall(r"[^/_. -]*[/_. -]?", path):
+        if lines[-1] and font.getlength(lines[-1] + part) > width:
+            lines.append("")
+        for sign in part:  # a part alone may be too long
+            if font.getlength(lines[-1] + sign) > width:
+                lines.append("")
+            lines[-1] += sign
+    cut = lines[-_PATH_LINES:]
+    return cut if cut == lines else [f"\N{HORIZONTAL ELLIPSIS}{cut[0][1:]}", *cut[1:]]
 
 
 if __name__ == "__main__":
