@@ -105,6 +105,11 @@ def onnx_bytes(embedder: Embedder) -> bytes:
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise FailedError(f"{embedder.method.title} cannot be exported: {reason}") from error
     assert program is not None, "dynamo=True gives one"
+    (given,) = program.model.graph.inputs
+    if given.shape is None or isinstance(given.shape[0], int):  # a len(x) on the way is enough: x.shape[0] is not
+        raise FailedError(
+            f"{embedder.method.title} cannot be exported: its encode makes a constant of the batch's size"
+        )
     program.model.metadata_props.update(metadata(embedder))
     content: bytes = program.model_proto.SerializeToString()
     return content
@@ -171,20 +176,23 @@ def standin_images(embedder: Embedder) -> Tensor:
 
 
 def largest_difference(content: bytes, embedder: Embedder, images: Tensor) -> float:
-    """Between the features that onnxruntime and PyTorch find of uint8 images (B, 3, height, width), in batches of
-    several sizes, over the largest feature."""
+    """Between the features that onnxruntime and PyTorch find of uint8 images (8, 3, height, width), in batches of
+    several sizes, over the largest feature. Raises FailedError where onnxruntime cannot run the file."""
     import numpy as np
     import onnxruntime
+    import torch
 
     from lda.data.transforms import normalise
 
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    there, here = [], []
-    for part in images.split(_BATCHES):  # type: ignore[no-untyped-call]
-        there.append(session.run(["features"], {"images": normalise(part).numpy()})[0])
-        here.append(embedder.features(part.numpy()))
-    expected = np.concatenate(here)
-    return float(np.abs(np.concatenate(there) - expected).max() / np.abs(expected).max())
+    parts = torch.split(images, list(_BATCHES))
+    expected = np.concatenate([embedder.features(part.numpy()) for part in parts])
+    try:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        found = [session.run(["features"], {"images": normalise(part).numpy()})[0] for part in parts]
+    except Exception as error:  # of a dozen types that have no other in common
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FailedError(f"{embedder.method.title}: onnxruntime cannot run it: {reason}") from error
+    return float(np.abs(np.concatenate(found) - expected).max() / np.abs(expected).max())
 
 
 if __name__ == "__main__":
