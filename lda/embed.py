@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from lda import methods
 from lda.arguments import ArgumentError, Parser, existing_file, existing_folder, output_file, path
-from lda.command import cores, exit_code, openmp_threads, progress
+from lda.command import cores, exit_code, interruptible, openmp_threads, progress
 from lda.config import parse_overrides
 from lda.errors import UsageError
 
@@ -60,10 +61,11 @@ def _images(given: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m lda.embed`: 0 done, 1 failed or some images are left out, 2 bad usage, 130 interrupted."""
-    return exit_code(lambda: _embed(parse_arguments(arguments)))
+    with interruptible() as told:
+        return exit_code(lambda: _embed(parse_arguments(arguments), told))
 
 
-def _embed(options: argparse.Namespace) -> int:
+def _embed(options: argparse.Namespace, told: threading.Event) -> int:
     changes = parse_overrides(options.set)
     from lda.data.listing import list_images
     from lda.features import NAMES
@@ -74,7 +76,7 @@ def _embed(options: argparse.Namespace) -> int:
     from lda.embedding import Embedder
 
     embedder = Embedder(options.checkpoint, changes)
-    count, bad = write_features(embedder, images, options.output)
+    count, bad = write_features(embedder, images, options.output, told)
     for line in bad:
         print(f"left out: {line}", file=sys.stderr)
     others = f"; {images.others} other files are no images by their names" if images.others else ""
@@ -82,12 +84,12 @@ def _embed(options: argparse.Namespace) -> int:
     return 1 if bad and not options.skip_bad else 0
 
 
-def write_features(embedder: Embedder, images: ImageList, output: Path) -> tuple[int, list[str]]:
+def write_features(embedder: Embedder, images: ImageList, output: Path, told: threading.Event) -> tuple[int, list[str]]:
     """Embed the images and write the file, see `lda.features`. Returns how many there are in it, and a line for every
     one that is not.
 
     One batch of images is in memory at a time, and of the features none; paths and columns are.
-    Raises FailedError where no image can be decoded.
+    Raises FailedError where no image can be decoded, KeyboardInterrupt soon after `told` is set.
     """
     import numpy as np
 
@@ -101,6 +103,8 @@ def write_features(embedder: Embedder, images: ImageList, output: Path) -> tuple
         progress(f"embedding {len(images.paths):,} images", len(images.paths)) as advance,
     ):
         for start in range(0, len(images.paths), size):
+            if told.is_set():  # and what it raised was swallowed
+                raise KeyboardInterrupt
             part = [images.root / name for name in images.paths[start : start + size]]
             pixels, good, wrong = embedder.decoded(part, pool)
             if good:
