@@ -32,7 +32,7 @@ BASELINE = "trial-baseline"
 """Folder of the baseline, where a study is of one method."""
 
 CONDITIONS = (
-    *("data", "target_data", "selection", "inference", "average_precision", "flip_test"),
+    *("data", "target_data", "selection", "inference", "average_precision", "flip_test", "reranking"),
     *("cuhk03_boxes", "cuhk03_protocol", "code", "torch"),
 )
 """What must agree between numbers that are compared."""

@@ -73,6 +73,12 @@ def conditions(study: Study, table: pd.DataFrame) -> list[tuple[str, str]]:
     usual = study.protocol.num_splits
     each = {key: sorted({word for words in table[key] for word in words.split(BETWEEN)} - {""}) for key in CONDITIONS}
     flip = {"True": "flip test", "False": "no flip test"}
+    again = [{"none": "no re-ranking"}.get(word, word) for word in each["reranking"]]
+    tested = [
+        *each["inference"],
+        *(flip[word] for word in each["flip_test"]),
+        *(again if again != ["no re-ranking"] else []),
+    ]
     rules = [SELECTION_RULES.get(rule, rule) for rule in each["selection"]]
     return [
         ("data", data_line(study.data)),
@@ -81,7 +87,7 @@ def conditions(study: Study, table: pd.DataFrame) -> list[tuple[str, str]]:
         ("seeds", f"{seeds} per target ({_seeds_words(study, table)})"),
         *_incomplete(study, table),
         *([("test splits", _splits_line(splits, usual))] if max(splits, usual) > 1 else []),
-        ("inference", ", ".join([*each["inference"], *(flip[word] for word in each["flip_test"])])),
+        ("inference", ", ".join(tested)),
         ("CUHK03 images", f"{', '.join(each['cuhk03_boxes'])} boxes, {', '.join(each['cuhk03_protocol'])} protocol"),
         ("numbers", "percent" + (_spread_line(study) if seeds > 1 and splits == 1 else "")),
         ("budget", budget_line(study, table)),

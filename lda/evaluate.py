@@ -147,6 +147,7 @@ def _evaluate_one(options: argparse.Namespace, changes: dict[str, Any], check: C
         "pair_cost": method.scorer().pair_cost,
         "flip_test": config.test.flip_test,
         "average_precision": config.test.average_precision,
+        "reranking": config.test.reranked,
         **metrics(evaluation),
     }
     print(json.dumps(result, indent=1))

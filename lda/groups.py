@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lda.errors import UsageError
-from lda.settings import Range, Settings, setting
+from lda.settings import Range, Settings, setting, settings_of
 
 Rule = Literal["source_validation", "leave_one_source_out", "proxy_domain", "oracle"]
 LEFT_OUT: Rule = "leave_one_source_out"
@@ -142,6 +142,35 @@ class Test(Settings):
         -1, "one split of a Protocol-1 target, from 0; -1 = all, averaged", low=-1, high=1000, test=True
     )
     average_precision: Literal["step", "trapezoid"] = setting("step", "AP formula", "field", test=True)
+    reranking: Literal["none", "k_reciprocal"] = setting(
+        "none", "rank again by k-reciprocal neighbours (Zhong et al., CVPR 2017)", "field", test=True, later=True
+    )
+    reranking_k1: int = setting(
+        20, "k1: neighbours that describe an image", "Zhong et al.", low=1, high=100, test=True, later=True
+    )
+    reranking_k2: int = setting(
+        6, "k2: images, itself among them, whose descriptions are averaged", "Zhong et al.", low=1, high=100, test=True,
+        later=True,
+    )  # fmt: skip
+    reranking_lambda: float = setting(
+        0.3, "lambda: share of the plain distance", "Zhong et al.", low=0.0, high=1.0, test=True, later=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in settings_of(Test).items():
+            if name.startswith("reranking_") and self.reranking == "none" and getattr(self, name) != known.default:
+                raise UsageError(
+                    f"{name}: {getattr(self, name)} needs re-ranking, but reranking is none; leave {name} at "
+                    f"{known.default}, or set reranking=k_reciprocal"
+                )
+
+    @property
+    def reranked(self) -> str:
+        """The re-ranking in print, "none" where there is none."""
+        if self.reranking == "none":
+            return self.reranking
+        return f"k-reciprocal re-ranking ({self.reranking_k1}, {self.reranking_k2}, {self.reranking_lambda:g})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,6 +155,13 @@ class Scorer(Protocol):
         """(C, W) scores of prepared encodings (C, ...) and (W, ...), larger = more alike. No state, no gradient."""
 
 
+class Reranking(Protocol):
+    """Scores that depend on all images of a query and gallery set, such as `lda.reranking.KReciprocal`."""
+
+    def scores(self, scorer: Scorer, query: Tensor, gallery: Tensor) -> Scores:
+        """Scores of query (Q, ...) and gallery (G, ...), which tie as the scorer's do."""
+
+
 class CosineScorer:
     """Cosine similarity of (N, D) feature vectors, one matrix product a query chunk. The default of every method."""
 
@@ -219,6 +226,7 @@ def rank_encodings(
     camera_rule: bool = True,
     chunk: int = 256,
     single_gallery_shot: bool = False,
+    reranking: Reranking | None = None,
 ) -> RankingResult:
     """Rank the gallery for every query by a scorer of encodings and average the metrics.
 
@@ -230,6 +238,7 @@ def rank_encodings(
         gallery: (G, ...), same sizes after the first.
         query_pids, gallery_pids, query_camids, gallery_camids, ap, camera_rule, chunk, single_gallery_shot: see
             `rank_blocks`. Junk images of the gallery are not compared.
+        reranking: makes scores from all of these encodings and the scorer; None: the scorer's own.
 
     Raises:
         UsageError: (a ValueError) sizes that do not fit, encodings or scores that are not finite, or what `rank_blocks`
@@ -245,8 +254,13 @@ def rank_encodings(
         gallery, g_pids, g_camids = gallery[kept.to(gallery.device)], g_pids[kept], g_camids[kept]
 
     chunk, gallery_chunk = _chunks(scorer, chunk)
+    if reranking is None:
+        scores = _scores(scorer, query, gallery)
+    else:
+        with _full_precision():
+            scores = reranking.scores(scorer, query, gallery)
     return rank_blocks(
-        _scores(scorer, query, gallery), q_pids, g_pids, query_camids, g_camids, ap=ap, camera_rule=camera_rule,
+        scores, q_pids, g_pids, query_camids, g_camids, ap=ap, camera_rule=camera_rule,
         chunk=chunk, gallery_chunk=gallery_chunk, single_gallery_shot=single_gallery_shot, tie=scorer.tie,
     )  # fmt: skip
 

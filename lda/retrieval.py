@@ -84,6 +84,12 @@ def open_retrievals(folders: Sequence[Path], data_root: Path | None, split: int 
     _check_alike("test_split", {folder: config.test.test_split for folder, config in configs.items()})
     _check_alike("average_precision", {folder: config.test.average_precision for folder, config in configs.items()})
 
+    for folder, config in configs.items():
+        if config.test.reranking != "none":
+            raise UsageError(
+                f"{folder}: was tested with re-ranking, whose lists are not those of the network's features"
+            )
+
     data_root = data_root or ensure_standin()
     read: dict[DataOptions, Target] = {}
     for config in configs.values():

@@ -190,6 +190,7 @@ class Result:
         inference: the method's own test settings in print, such as "fused"; "" where it has none.
         flip_test: features of image and mirror image are added.
         average_precision: the formula, step or trapezoid.
+        reranking: in print, such as "k-reciprocal re-ranking (20, 6, 0.3)": k1, k2, lambda; absent without one.
         cuhk03_boxes, cuhk03_protocol: which CUHK03, whether or not it is among the data sets.
         selection: the score that ranks runs.
         data: "stand-in" (drawn images, no real data set) or "real".
@@ -230,6 +231,7 @@ class Result:
     inference: str
     flip_test: bool
     average_precision: str
+    reranking: str = "none"
     cuhk03_boxes: str
     cuhk03_protocol: str
     selection: Selection

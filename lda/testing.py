@@ -25,6 +25,7 @@ from lda.errors import UsageError
 from lda.groups import Machine, Test
 from lda.methods.base import Method, Side, TargetImages
 from lda.ranking import GalleryOrder, RankingResult, Scorer, order_encodings, rank_encodings
+from lda.reranking import KReciprocal
 from lda.settings import settings_of
 
 _Pair = tuple[Tensor, Tensor, list[int], list[int], list[int], list[int]]  # encodings, pids, camids: query's, gallery's
@@ -65,6 +66,7 @@ class Evaluator:
     ) -> None:
         self.splits, self.test, self.device, self._check = splits, config.test, device, check
         self._batch = config.machine.evaluation_batch
+        self._reranking = _reranking(config.test)
         records = [record for split in splits for record in (*split.query, *split.gallery)]
         self._records = list({record.path: record for record in records}.values())
         self._row = {record.path: row for row, record in enumerate(self._records)}
@@ -88,6 +90,11 @@ class Evaluator:
         was_training = method.training
         method.eval()
         scorer = method.scorer()
+        if self._reranking is not None and scorer.pair_cost is not None:
+            raise UsageError(
+                f"reranking: {method.title} compares images pair by pair, and its scores are no distances; "
+                "set reranking=none"
+            )
         if method.looks_at_target:
             encodings = self._adapted_encodings(method, scorer)
         else:
@@ -152,6 +159,7 @@ class Evaluator:
             ap=self.test.average_precision,
             camera_rule=split.camera_rule,
             single_gallery_shot=split.single_gallery_shot,
+            reranking=self._reranking,
         )
         single = split.single_shot and self.test.average_precision == "step"
         if single and not math.isclose(ranking.mAP, ranking.mINP, abs_tol=1e-9):
@@ -184,13 +192,29 @@ class Evaluator:
         found: list[Tensor] = []
         for start in range(0, len(rows), self._batch):
             self._check()
-            images = self._normalised(rows[start : start + self._batch])
-            with forward_context(self.device):
-                output = method.encode(images)
-                if self.test.flip_test:
-                    output = output + method.encode(images.flip(3))
-            found.append(output.float())
+            images = self._images.batch(np.array(rows[start : start + self._batch]))
+            found.append(encodings_of(method, images, self.test, self.device))
         return torch.cat(found)
+
+
+@torch.inference_mode()
+def encodings_of(method: Method, images: Tensor, test: Test, device: torch.device) -> Tensor:
+    """What the scorer compares of uint8 images (B, 3, H, W), as a test finds it: (B, ...) float32 on the device."""
+    normalised = normalise(images.to(device))
+    with forward_context(device):
+        return encoded(method, normalised, test).float()
+
+
+def encoded(method: Method, images: Tensor, test: Test) -> Tensor:
+    """The encodings of normalised images (B, 3, H, W), with `flip_test` those of image and mirror image added."""
+    output = method.encode(images)
+    return output + method.encode(images.flip(3)) if test.flip_test else output
+
+
+def _reranking(test: Test) -> KReciprocal | None:
+    if test.reranking == "none":
+        return None
+    return KReciprocal(test.reranking_k1, test.reranking_k2, test.reranking_lambda)
 
 
 class _CheckedScorer:

@@ -102,7 +102,8 @@ def _run(options: argparse.Namespace, told: threading.Event) -> int:
             return 130
     name = print_method(result.title, result.reconstructed, result.target_data)
     pairs = f"{result.cost.pair_cost:,} multiply-adds a pair" if result.cost.pair_cost else ""
-    marks = (result.data, result.inference, pairs, f"{result.average_precision} AP")
+    reranked = result.reranking if result.reranking != "none" else ""
+    marks = (result.data, result.inference, pairs, reranked, f"{result.average_precision} AP")
     conditions = ", ".join(filter(None, marks))
     print(
         f"{name} on {result.target} ({conditions}): mAP {100 * result.mAP:.1f}, "

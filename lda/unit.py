@@ -324,6 +324,7 @@ class _Unit:
             inference=method.inference,
             flip_test=config.test.flip_test,
             average_precision=config.test.average_precision,
+            reranking=config.test.reranked,
             cuhk03_boxes=config.data.cuhk03_boxes,
             cuhk03_protocol=config.data.cuhk03_protocol,
             selection=selection,

@@ -7,6 +7,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -193,6 +194,22 @@ def test_the_conditions_and_labels_of_a_study_of_lda(tmp_path: Path) -> None:
         "LDA, best of 3 (trial 1)",
     ]
     assert "  Equal steps, not equal compute: training passes per image 2 (LDA), 1 (plain BN)" in lines
+
+
+@pytest.mark.parametrize(
+    ("ways", "line"),
+    [
+        (("none", "none", "none"), "fused, no flip test"),
+        (("again (20, 6, 0.3)",) * 3, "fused, no flip test, again (20, 6, 0.3)"),
+        (("none", "again (20, 6, 0.3)", "none"), "fused, no flip test, again (20, 6, 0.3), no re-ranking"),
+    ],
+)
+def test_re_ranking_is_named_and_so_is_its_absence_beside_it(tmp_path: Path, ways: Sequence[str], line: str) -> None:
+    folder = write_study(tmp_path / "study")
+    for target, way in zip(TARGETS, ways, strict=True):
+        for trial in ("trial-0000", "trial-0001", "trial-baseline"):
+            write_unit(folder / trial / f"{target}-s0", target, reranking=way)
+    assert f"  inference      {line}\n" in render(folder)
 
 
 def test_another_method_appears_under_its_own_name(tmp_path: Path) -> None:

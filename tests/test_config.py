@@ -38,6 +38,7 @@ DEFAULTS = {
     "warmup_epochs": 10, "warmup_factor": 0.01, "milestones": (30, 60, 100), "gamma": 0.1,
     "selection": "source_validation", "validation_fraction": 0.1,
     "flip_test": False, "test_split": -1, "average_precision": "step",
+    "reranking": "none", "reranking_k1": 20, "reranking_k2": 6, "reranking_lambda": 0.3,
     "device": "auto", "threads": 0, "activation_checkpointing": False, "loader_workers": 0, "evaluation_batch": 256,
     "evaluate_every": 10, "checkpoint_every": 1, "log_every": 50, "wandb": "auto",
     "held_out": "none", "proxy_domain": "none",

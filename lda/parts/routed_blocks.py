@@ -128,7 +128,7 @@ class ThinExperts(nn.Module):
             y = norm(conv(y))
             if number < len(self.convs):
                 y = F.relu(y)
-        return F.relu(y.view(len(x), self.experts, *x.shape[1:]) + x[:, None])
+        return F.relu(y.view(-1, self.experts, *x.shape[1:]) + x[:, None])
 
 
 class RoutedBlock(nn.Module):
