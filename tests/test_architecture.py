@@ -97,6 +97,7 @@ MAY_IMPORT = {
         "analysis.study",
     },
     "analysis.ranked_lists": {"lda.arguments", "lda.command", "lda.files", "lda.retrieval", "analysis"},
+    "analysis.wandb_workspace": {"lda.arguments", "lda.command", "lda.tracking.modes"},
     "analysis.report": {"lda.arguments", "lda.command", "lda.files", "lda.retrieval", "analysis"},
 }
 ONLY_IMPORTER = {"wandb": "lda.tracking.child", "optuna": "sweeps"}

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from glossary import unexplained
 from tasks import make_task
 
 from lda import methods
@@ -103,6 +104,7 @@ class _Trained(dict[str, Trainer]):
         for batch in itertools.islice(trainer.loader(), STEPS):
             scalars = trainer.train_step(batch)
             assert all(math.isfinite(value) for value in scalars.values()), scalars
+            assert unexplained(scalars) == []
             trainer.gradients |= {n for n, p in trainer.method.named_parameters() if p.grad is not None}  # type: ignore[attr-defined]
         return trainer
 

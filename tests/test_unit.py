@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from glossary import unexplained
 
 import lda
 from lda import train
@@ -86,8 +87,12 @@ def assert_same(left: Path, right: Path) -> None:
 
 def test_unit_leaves_its_files(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.json", "env.json", "metrics.jsonl", "checkpoint.pt", "buffer_bank.npz", "result.json"}
+    kept = {"buffer_bank.npz", "queries.npz"}
+    assert names == {"config.json", "env.json", "metrics.jsonl", "checkpoint.pt", "result.json"} | kept
     result = json.loads((finished / "result.json").read_text())
+    with np.load(finished / "queries.npz", allow_pickle=False) as queries:
+        assert np.nanmean(queries["average_precisions"]) == pytest.approx(result["mAP"])
+        assert queries["cmc"][0, 0] == pytest.approx(result["rank1"])
     assert result["data"] == "stand-in"
     assert result["selection"]["rule"] == "source_validation"
     assert set(result["selection"]["per_source"]) == {"msmt17", "cuhk_sysu", "cuhk03"}
@@ -99,6 +104,7 @@ def test_unit_leaves_its_files(finished: Path) -> None:
     assert result["cost"] == {"train_passes": 2, "test_forwards": 4, "test": "vector", "pair_cost": None}
     assert set(result["content"]["sources"]) == {"msmt17", "cuhk_sysu", "cuhk03"}
     rows = read_metrics(finished / "metrics.jsonl")
+    assert unexplained(name for row in rows for name in row) == []
     losses = [row for row in rows if "loss/total" in row]
     assert [row["step"] for row in losses] == list(range(1, 13))
     assert "loss/alignment" in losses[-1]

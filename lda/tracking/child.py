@@ -37,7 +37,10 @@ _SETTINGS: dict[str, Any] = {
 }
 _UPLOADS = ("filestream: fatal", "runfiles:", "filetransfer:", "runupserter: failed", "sender: failed")
 """How an error in the log of wandb's service begins when a part of a run will not be uploaded any more."""
-_PLOTTED = ("loss/*", "feature/*", "val/*", "lr", "images_per_second")  # against the training step
+_PLOTTED = {  # against the training step, and what of them stands in a run's summary
+    "loss/*": "last", "gradient/*": "last", "gate/*": "last", "match/*": "last", "vae/*": "last",
+    "feature/*": "last", "bank/*": "last", "val/*": "max,last", "lr": "last", "images_per_second": "last",
+}  # fmt: skip
 
 
 class _Logger:
@@ -63,8 +66,8 @@ class _Logger:
         if not _configured().project:
             arguments = {**arguments, "project": PROJECT}
         self._run = wandb.init(mode=decided, settings=settings, resume="allow", reinit="finish_previous", **arguments)
-        for metric in _PLOTTED:
-            self._run.define_metric(metric, step_metric="step")
+        for metric, summary in _PLOTTED.items():
+            self._run.define_metric(metric, step_metric="step", summary=summary)
         self._report(folder=self._run.settings.sync_dir)
 
     def log(self, row: Mapping[str, Any]) -> None:
