@@ -102,6 +102,7 @@ class Counting(Baseline):
         return super().encode(images).view(len(images), -1)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_one_line(model: Path) -> None:
     embedder = Embedder(model, {"device": "cpu", "threads": 1})
     embedder.method.__class__ = Counting

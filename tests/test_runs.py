@@ -144,7 +144,9 @@ def test_what_is_written_is_read(tmp_path: Path, protocol: str) -> None:
     assert Result.read(tmp_path) == result
     content = json.loads((tmp_path / "result.json").read_text())
     assert content["format"] == 2
-    absent = {"kept", "weights"} | (set() if protocol == "protocol1" else {"mAP_std", "rank1_std", "splits"})
+    absent = {"kept", "weights", "reranking"} | (
+        set() if protocol == "protocol1" else {"mAP_std", "rank1_std", "splits"}
+    )
     assert set(content) - {"format"} == FIELDS - absent
     assert content["selection"].keys() == {"rule", "score", "per_source", "scores", "left_out"}
 

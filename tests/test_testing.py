@@ -273,3 +273,5 @@ def test_maps_are_ranked_by_the_methods_own_scorer(splits: list[EvaluationSet]) 
     assert len(evaluation.rankings) == 2
     with pytest.raises(UsageError, match="flip_test: encodings of matching cannot be added; set flip_test=false"):
         Evaluator(splits, config.replace(flip_test=True), CPU)(method)
+    with pytest.raises(UsageError, match="reranking: matching compares images pair by pair, and its scores are no dis"):
+        Evaluator(splits, config.replace(reranking="k_reciprocal"), CPU)(method)
