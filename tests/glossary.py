@@ -11,10 +11,15 @@ PAGE = Path(__file__).parent.parent / "reports" / "numbers.md"
 
 def unexplained(names: Iterable[str]) -> list[str]:
     """The names that no line of the glossary explains; step and epoch need no explanation."""
+    rules = list(map(_rule, explained()))
+    return sorted(name for name in {*names} - {"step", "epoch"} if not any(rule.fullmatch(name) for rule in rules))
+
+
+def explained() -> list[str]:
+    """The names as they stand in the glossary."""
     table = PAGE.read_text(encoding="utf-8").split("| logged | meaning |")[1]
     heads = [line.split("|")[1] for line in table.splitlines() if line.count("|") > 1]
-    rules = [_rule(name) for head in heads for name in re.findall(r"`([^`]+)`", head)]
-    return sorted(name for name in {*names} - {"step", "epoch"} if not any(rule.fullmatch(name) for rule in rules))
+    return [name for head in heads for name in re.findall(r"`([^`]+)`", head)]
 
 
 def _rule(name: str) -> re.Pattern[str]:

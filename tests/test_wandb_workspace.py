@@ -5,15 +5,21 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from glossary import unexplained
+from glossary import explained, unexplained
 
 from analysis.wandb_workspace import PANELS, main, workspace
 from lda.errors import UsageError
+from lda.tracking.child import _PLOTTED
 
 
 def test_panels_show_what_is_logged() -> None:
     shown = [name for ends, curves in PANELS.values() for name in (*ends, *curves)]
     assert [name for name in unexplained(shown) if name != "val/score"] == []
+
+
+def test_every_kind_of_number_in_the_glossary_has_the_step_for_its_axis() -> None:
+    kinds = {name.partition("/")[0] for name in explained()} - {"test"}  # of the end of a run
+    assert kinds == {pattern.partition("/")[0] for pattern in _PLOTTED}
 
 
 def test_without_an_account_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

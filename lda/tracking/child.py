@@ -38,7 +38,8 @@ _SETTINGS: dict[str, Any] = {
 _UPLOADS = ("filestream: fatal", "runfiles:", "filetransfer:", "runupserter: failed", "sender: failed")
 """How an error in the log of wandb's service begins when a part of a run will not be uploaded any more."""
 _PLOTTED = {  # against the training step, and what of them stands in a run's summary
-    "loss/*": "last", "gradient/*": "last", "gate/*": "last", "match/*": "last", "vae/*": "last",
+    "loss/*": "last", "gradient/*": "last", "gate/*": "last", "match/*": "last", "vae/*": "last", "router/*": "last",
+    "vote/*": "last", "weights/*": "last", "align/*": "last",
     "feature/*": "last", "bank/*": "last", "val/*": "max,last", "lr": "last", "images_per_second": "last",
 }  # fmt: skip
 
