@@ -272,7 +272,8 @@ def test_the_command_writes_figures_and_numbers(tmp_path: Path) -> None:
     assert "CUHK02 - CUHK03" in done.stdout.splitlines()[2]
     names = ["buffer_bank.png", "buffer_bank.pdf", "buffer_bank.csv"]
     names += ["buffer_bank_distances.png", "buffer_bank_distances.pdf", "buffer_bank_distances.csv"]
-    assert done.stdout.splitlines()[-6:] == [str(folder / name) for name in names]
+    names += ["buffer_bank_pairs.png", "buffer_bank_pairs.pdf", "buffer_bank_pairs.csv"]
+    assert done.stdout.splitlines()[-9:] == [str(folder / name) for name in names]
     assert (folder / "buffer_bank.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "buffer_bank.pdf").read_bytes().startswith(b"%PDF")
     bank = read_bank(folder / "trial-0000" / "prid-s0" / "buffer_bank.npz")

@@ -74,7 +74,7 @@ def test_a_report_of_a_damaged_study_says_what_is_left_out(study: Path, tmp_path
     assert "trial-0001/cuhk03-s1 (result.json damaged)" in text
     assert "trial-0000/market1501-s1 (metrics.jsonl" in text
     assert '<p class="banner">Left out of all that follows: trial-0001/cuhk03-s1 (result.json damaged)</p>' in text
-    caption = next(line for line in text.splitlines() if line.startswith('<figure id="history"'))
+    caption = next(line for line in text.splitlines() if line.startswith('<figure id="figure-history"'))
     assert "Left out: trial-0001/cuhk03-s1 (result.json damaged), trial-0000/market1501-s1 (metrics.jsonl" in caption
 
 

@@ -297,7 +297,7 @@ def test_the_home_folder_has_its_sign_in_every_path(here: Path, monkeypatch: pyt
     home = run.parser().parse_args(["--data-root", "~/folder", "--output", "~/out"])
     assert (home.data_root, home.output) == (here / "folder", here / "out")
     assert train.parse_arguments(["--output", "~/out", "--data-root", "~/folder"]).output == here / "out"
-    assert evaluate.parse_arguments(["--checkpoint", "~/file.pt", "--target", "prid"]).checkpoint == here / "file.pt"
+    assert evaluate.parse_arguments(["--checkpoint", "~/file.pt", "--target", "prid"]).checkpoint == [here / "file.pt"]
     assert slurm.parser().parse_args(["--logs", "~/logs"]).logs == here / "logs"
     assert tables.parse_arguments(["~/folder", "--output", "~/t.md"]).output == here / "t.md"
     assert report.parse_arguments(["~/folder"]).study == here / "folder"

@@ -184,7 +184,7 @@ def test_missing_rows_are_found_out(
     seen: list[int] = []
     run_unit(quick(), folder, data_root=standin_tiny, on_progress=lambda progress: seen.append(progress.step))
     assert seen == list(range(1, 7))
-    assert "metrics.jsonl lacks some of its 3 rows before step 3; starting the unit again" in capsys.readouterr().err
+    assert "metrics.jsonl lacks some of its 4 rows before step 3; starting the unit again" in capsys.readouterr().err
     check_whole(folder, undisturbed)
 
 

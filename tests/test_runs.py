@@ -28,6 +28,7 @@ from lda.runs import (
     CONFIG,
     ENVIRONMENT,
     METRICS,
+    QUERIES,
     RESULT,
     Result,
     RunFolder,
@@ -293,7 +294,8 @@ def test_a_real_run_writes_what_is_documented(standin_tiny: Path, tmp_path: Path
     settings |= {"bank_warmup_updates": 0, "threads": 1, "wandb": "disabled", "image_height": 32, "image_width": 16}
     config = preset("standin", protocol="protocol3", target="cuhk03", **settings)
     result = run_unit(config, tmp_path, data_root=standin_tiny)
-    files = {CONFIG, ENVIRONMENT, METRICS, CHECKPOINT, RESULT, UnitFolder(tmp_path).kept(BUFFER_BANK).name}
+    files = {CONFIG, ENVIRONMENT, METRICS, CHECKPOINT, RESULT}
+    files |= {UnitFolder(tmp_path).kept(name).name for name in (BUFFER_BANK, QUERIES)}
     assert {path.name for path in tmp_path.iterdir()} == files
     assert all(name in (runs.__doc__ or "") for name in files)
     unit = read_unit(tmp_path)

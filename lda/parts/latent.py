@@ -91,8 +91,11 @@ def alignment_loss(aligned_maps: Tensor, latent: Gaussian, kind: Distance = "w2"
 def gradient_ratio(latent_loss: Tensor, identity_loss: Tensor, last_map: Tensor) -> Tensor:
     """Norm of a latent loss's gradient at the map (N, C, h, w) it is a function of, over that of the identity losses.
 
-    Times the loss's weight it says how hard the loss pulls at the network; both graphs stay as they are.
+    Times the loss's weight it says how hard the loss pulls at the network; both graphs stay as they are. 0 where no
+    gradient is recorded.
     """
+    if not torch.is_grad_enabled():
+        return torch.zeros_like(latent_loss)
 
     def norm(loss: Tensor) -> Tensor:
         gradient: Tensor = torch.autograd.grad(loss, last_map, retain_graph=True)[0]
