@@ -471,7 +471,7 @@ def _part(seen: Any, chosen: Tensor) -> Any:
     return seen._replace(features=seen.features[chosen], labels=seen.labels[chosen], domains=seen.domains[chosen])
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.02])
+@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.02])
 def test_meta_step_equals_deep_copies(rate: float) -> None:
     """Value and gradient of (A10) to (A13) with theta' in a copy of the network; without a rate, the plain gradient."""
     method = acl(acl_meta_rate=max(rate, 1e-12), learning_rate=2e-3, **CHANGES)
@@ -513,6 +513,7 @@ def test_held_out_loss_is_judged_after_the_virtual_step() -> None:
     assert judged(late) == pytest.approx(judged(same), rel=1e-5), "a tenth of 0.04 behind a milestone"
 
 
+@pytest.mark.slow
 def test_gradient_equals_finite_differences_along_itself() -> None:
     """d/dt of L_tr(theta + t d) + L_te(theta + t d - alpha g) with g held."""
     method = acl(acl_meta_rate=0.01, learning_rate=0.01, **CHANGES)
