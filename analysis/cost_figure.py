@@ -49,13 +49,12 @@ def differing(table: pd.DataFrame) -> list[str]:
 
 def draw_cost(axes: Axes, table: pd.DataFrame, seeds: pd.DataFrame, cost: str) -> Axes:
     """Every configuration of `cost_table` over one of its costs; those of one method are joined in the order of the
-    cost. `seeds`: `seed_table` of the average, drawn as small dots."""
+    cost, where each has its own. `seeds`: `seed_table` of the average, drawn as small dots."""
     for place, (method, rows) in enumerate(table.groupby("method", sort=False)):
         colour, shape = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
         rows = rows.sort_values(cost, kind="stable")
-        axes.plot(
-            rows[cost], rows["mAP"], f"{shape}-", color=colour, linewidth=1.2, markersize=5, label=method, zorder=3
-        )
+        look = f"{shape}-" if rows[cost].is_unique else shape  # at one cost there is no order to follow
+        axes.plot(rows[cost], rows["mAP"], look, color=colour, linewidth=1.2, markersize=5, label=method, zorder=3)
         own = seeds.merge(rows[["label", cost, "seeds"]], on="label")
         own = own[own["seeds"] > 1]
         axes.plot(own[cost], own["mAP"], ".", color=colour, alpha=0.5, markersize=4, zorder=2)

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,10 +26,18 @@ from lda.runs import QUERIES, UnitFolder
 RANKS = 20
 """Ranks of a CMC curve that are drawn."""
 
-_SHOWN = 4  # configurations that a panel of curves can hold
-_COLOURS = ("#d55e00", "#0173b2", "#029e73", "#cc78bc")
-_LINES = ("--", "-", "-.", ":")
+_BASELINE: dict[str, Any] = {"color": "0.25", "linestyle": "--"}
+_TRIALS: dict[str, dict[str, Any]] = {"default": {"color": "#d55e00", "linestyle": "-."}, "best": {"color": "#0173b2"}}
+_OTHERS: tuple[dict[str, Any], ...] = (
+    {"color": "#0173b2"}, {"color": "#029e73", "linestyle": "-."}, {"color": "#cc78bc", "linestyle": ":"},
+)  # fmt: skip
 _BINS = np.linspace(-1, 1, 41).tolist()
+
+
+Looks = dict[str, dict[str, Any]]
+"""Label of a configuration -> how it is drawn."""
+
+_Draw = Callable[[Axes, pd.DataFrame, Looks], Axes]
 
 
 @dataclass(frozen=True)
@@ -69,13 +78,14 @@ def cmc_table(study: Study) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
-def draw_cmc(axes: Axes, table: pd.DataFrame) -> Axes:
+def draw_cmc(axes: Axes, table: pd.DataFrame, looks: Looks) -> Axes:
     """The curves of one target: a line per configuration, the mean over seeds, in a band from the least to the most."""
-    for place, (label, rows) in enumerate(table.groupby("label", sort=False)):
+    for label, rows in table.groupby("label", sort=False):
         curve = rows.groupby("rank")["share"].agg(["mean", "min", "max"])
-        colour, line = _COLOURS[place % len(_COLOURS)], _LINES[place % len(_LINES)]
-        axes.plot(curve.index, curve["mean"], line, color=colour, linewidth=1.4, label=label)
-        axes.fill_between(curve.index, curve["min"], curve["max"], color=colour, alpha=0.2, linewidth=0)
+        axes.plot(curve.index, curve["mean"], linewidth=1.4, label=label, **looks[str(label)])
+        axes.fill_between(
+            curve.index, curve["min"], curve["max"], color=looks[str(label)]["color"], alpha=0.2, linewidth=0
+        )
     axes.set_xlim(1, RANKS)
     axes.set_xticks([1, 5, 10, 15, 20])
     axes.set_xlabel("rank")
@@ -88,7 +98,7 @@ def cmc_figure(study: Study) -> Figure | None:
     table = table[table["label"].isin(shown_configurations(study))]
     if table.empty:
         return None
-    return _panels(study, table, draw_cmc, "queries with a match among the first, %", "CMC, mean and range over seeds")
+    return _panels(study, table, draw_cmc, "queries with a match, %", "CMC, mean and range over seeds")
 
 
 def differences(study: Study) -> pd.DataFrame:
@@ -108,21 +118,18 @@ def differences(study: Study) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["label", "target", "difference"])
 
 
-def draw_differences(axes: Axes, table: pd.DataFrame) -> Axes:
-    """How many queries gained and lost how much, one target: a step line per configuration, and what share won."""
+def draw_differences(axes: Axes, table: pd.DataFrame, looks: Looks) -> Axes:
+    """How many queries gained and lost how much, one target: a step line per configuration, and in its colour what
+    share gained and lost at all."""
     for place, (label, rows) in enumerate(table.groupby("label", sort=False)):
-        gaps = rows["difference"].to_numpy(float)
-        won, lost = (gaps > 0).mean(), (gaps < 0).mean()
+        gaps, look = rows["difference"].to_numpy(float), looks[str(label)]
         weights = np.full(len(gaps), 100 / len(gaps))
-        name = f"{label}: {100 * won:.0f}% better, {100 * lost:.0f}% worse"
-        axes.hist(
-            gaps, _BINS, weights=weights, histtype="step", linewidth=1.4, label=name,
-            color=_COLOURS[1:][place % (len(_COLOURS) - 1)],
-        )  # fmt: skip
+        axes.hist(gaps, _BINS, weights=weights, histtype="step", linewidth=1.4, label=str(label), **look)
+        share = f"{100 * (gaps > 0).mean():.0f}% up, {100 * (gaps < 0).mean():.0f}% down"
+        axes.text(0.03, 0.95 - 0.09 * place, share, color=look["color"], transform=axes.transAxes, va="top", fontsize=8)
     axes.axvline(0, color="0.4", linewidth=0.8)
-    axes.set_yscale("symlog", linthresh=1)
+    axes.set_xlim(-1, 1)
     axes.set_xlabel("AP minus the baseline's")
-    axes.legend(loc="upper left", fontsize="x-small")
     return axes
 
 
@@ -132,32 +139,37 @@ def differences_figure(study: Study) -> Figure | None:
     table = table[table["label"].isin(shown_configurations(study))]
     if table.empty:
         return None
-    return _panels(study, table, draw_differences, "queries, % (log above 1)", "AP query by query", legend=False)
+    return _panels(study, table, draw_differences, "queries, %", "AP query by query")
 
 
-def shown_configurations(study: Study) -> list[str]:
-    """The configurations that a panel has room for: the baseline, then those with the highest average mAP."""
+def shown_configurations(study: Study) -> Looks:
+    """The configurations that a panel has room for, by label: the baseline, then those with the highest average mAP; of
+    a search, its defaults and its best. With how each is drawn."""
     runs = counted_runs(study)
-    means = runs.groupby("label", sort=False)["mAP"].mean().sort_values(ascending=False, kind="stable")
-    base = list(dict.fromkeys(runs.loc[runs["configuration"] == "baseline", "label"]))
-    return [*base, *(label for label in means.index if label not in base)][:_SHOWN]
+    means = (
+        runs.groupby(["label", "configuration"], sort=False)["mAP"].mean().sort_values(ascending=False, kind="stable")
+    )
+    kinds = {str(label): str(kind) for label, kind in means.index}
+    found = {label: _BASELINE for label, kind in kinds.items() if kind == "baseline"}
+    if not study.record.compare:
+        return found | {label: _TRIALS[kind] for label, kind in kinds.items() if kind in _TRIALS}
+    others = [label for label, kind in kinds.items() if kind != "baseline"]
+    return found | dict(zip(others, _OTHERS, strict=False))
 
 
-_Draw = Callable[[Axes, pd.DataFrame], Axes]
-
-
-def _panels(study: Study, table: pd.DataFrame, draw: _Draw, ylabel: str, what: str, legend: bool = True) -> Figure:
+def _panels(study: Study, table: pd.DataFrame, draw: _Draw, ylabel: str, what: str) -> Figure:
+    looks = shown_configurations(study)
     targets = [target for target in study.targets if (table["target"] == target).any()]
     figure, panels = new_figure(1, len(targets), width=max(2.9 * len(targets), 4.5), height=3.2)
-    order = [label for label in shown_configurations(study) if (table["label"] == label).any()]
+    order = [label for label in looks if (table["label"] == label).any()]
     with style():
         for axes, target in zip(panels[0], targets, strict=True):
             rows = table[table["target"] == target]
-            draw(axes, rows.assign(label=pd.Categorical(rows["label"], order)).sort_values("label", kind="stable"))
+            rows = rows.assign(label=pd.Categorical(rows["label"], order)).sort_values("label", kind="stable")
+            draw(axes, rows.astype({"label": str}), looks)
             axes.set_title(print_name(target))
         panels[0][0].set_ylabel(ylabel)
         figure.suptitle(f"Study {study.name} ({study.data} data): {what}")
-        if legend:
-            handles, labels = panels[0][0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
     return figure

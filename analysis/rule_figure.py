@@ -69,5 +69,6 @@ def rule_figure(study: Study) -> Figure | None:
         draw_scored(panels[0, 0], table)
         shown = "undefined" if np.isnan(rho) else f"{rho:+.2f}"
         rules = ", ".join(sorted(set(study.units["selection"].dropna())))
-        figure.suptitle(f"Study {study.name} ({study.data} data): {rules}, n = {len(table)}, Spearman's rho {shown}")
+        how = f"{rules}, n = {len(table)}, Spearman's rho {shown}"
+        figure.suptitle(f"Study {study.name} ({study.data} data)\n{how}")
     return figure
