@@ -59,8 +59,8 @@ PRESETS = ("real", "standin", "standin_long")
 """Named starting points: the ResNet-50 recipe for real data; a quick look at the stand-in; a longer one."""
 
 _LONG = {"steps_per_epoch": 160, "log_every": 40}
-"""What `standin_long` changes of `standin`: eight times the steps. By the study `budget` plain BN gains from twice as many
-still (reports/LOG.md); it is what many rows on five seeds cost in a night on two cores."""
+"""What `standin_long` changes of `standin`: eight times the steps. Twice as many would still help plain BN (study
+`budget`, reports/LOG.md); so many are what a dozen rows on five seeds can have in a night on two cores."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from lda import methods
@@ -29,4 +30,5 @@ def train_passes(config: Config) -> float:
 
 @functools.lru_cache(maxsize=256)
 def _declared(config: Config, sources: int) -> float:
-    return methods.build(config.method, config.setup([_IDS] * sources)).cost.train_passes
+    setup = config.replace(pretrained="none").setup([_IDS] * sources)  # whatever weights it begins with
+    return methods.build(config.method, dataclasses.replace(setup, fresh=False)).cost.train_passes
