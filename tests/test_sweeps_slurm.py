@@ -14,7 +14,8 @@ import pytest
 from studies import REPOSITORY, Command, no_leftovers, wait_for
 
 from lda.errors import UsageError
-from sweeps.slurm import main, slurm_options
+from lda.runs import read_metrics
+from sweeps.slurm import main, parser, slurm_options, submitted
 
 pytest.importorskip("submitit", reason="the SLURM launcher needs submitit, install lda-reid[slurm]")
 
@@ -96,3 +97,26 @@ def test_an_array_of_two_tasks_shares_a_study(
     assert {(point["bank_momentum"], point["gem_p"]) for point in points} == {
         (m, p) for m in (0.6, 0.9) for p in (1, 3)
     }
+
+
+@pytest.mark.slow
+def test_a_task_that_must_go_is_queued_again_and_goes_on(
+    tmp_path: Path, standin_tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warned in the middle of a training: nothing is lost, and the training goes on from its checkpoint."""
+    search = {"trials": 1, "pruning": {"rule": "none"}, "space": {"bank_momentum": {"low": 0.5, "high": 0.99}}}
+    command = Command(tmp_path, standin_tiny, search=search, base={"epochs": 12, "steps_per_epoch": 10})
+    monkeypatch.chdir(tmp_path)
+    run = ["--study", "mine.yaml", "--data-root", str(standin_tiny), "--workers", "1", "--storage", "journal"]
+    logs = ["--cluster", "local", "--tasks", "1", "--logs", str(tmp_path / "logs"), "--slurm", "timeout_min=60"]
+    (job,) = submitted(parser().parse_args([*logs, "--", *run]))
+    wait_for(lambda: any(command.study.glob("trial-*/*/checkpoint.pt")))
+    (task,) = [pid for pid in _of(tmp_path) if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(task, signal.SIGUSR2)
+    assert job.result() == 0
+    assert job.stdout().count("Requeued job") == 1
+    assert job.stderr().count("interrupted; everything finished is kept") == 1
+    assert len(command.results()) == 2
+    rows = read_metrics(next(iter(command.study.glob("trial-0000/*/metrics.jsonl"))))
+    steps = [row["step"] for row in rows if "loss/total" in row]
+    assert steps == sorted(set(steps))
