@@ -500,6 +500,7 @@ def test_meta_step_equals_deep_copies(rate: float) -> None:
         torch.testing.assert_close(gradient / scale, expected, rtol=2e-3, atol=allowed, msg=name)
 
 
+@pytest.mark.slow
 def test_held_out_loss_is_judged_after_the_virtual_step() -> None:
     """The rate changes what is judged, and half a rate on the blocks is not the whole one."""
     batch = mixed_batch()

@@ -78,6 +78,7 @@ def test_a_report_of_a_damaged_study_says_what_is_left_out(study: Path, tmp_path
     assert "Left out: trial-0001/cuhk03-s1 (result.json damaged), trial-0000/market1501-s1 (metrics.jsonl" in caption
 
 
+@pytest.mark.slow
 def test_a_report_of_which_nothing_is_left_fails(study: Path, tmp_path: Path) -> None:
     for path in study.glob("trial-*/*/result.json"):
         path.write_bytes(b"")

@@ -98,6 +98,7 @@ def test_holm_corrects_the_smallest_most() -> None:
     np.testing.assert_allclose(holm(np.array([0.9, 0.8])), [1.0, 1.0])
 
 
+@pytest.mark.slow
 def test_a_study_of_rows_runs_and_is_tabulated(tmp_path: Path, standin_tiny: Path) -> None:
     command = Command(tmp_path, standin_tiny, spec={"rows": ROWS, "confirm": {"seeds": 2}, "targets": ["cuhk03"]})
     content = yaml.safe_load((tmp_path / "mine.yaml").read_text())

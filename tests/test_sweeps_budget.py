@@ -69,9 +69,8 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["defaults", *(pytest.param(name, marks=pytest.mark.slow) for name in ("baseline", "grid"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPECTED)
 def test_what_a_dry_run_says_is_what_runs(tmp_path: Path, standin_tiny: Path, name: str) -> None:
     """A study of the baseline ends whole too, without a row for another baseline and without a warning."""
     study = EXPECTED[name]
@@ -112,6 +111,7 @@ def test_training_time_ends_a_grid_and_what_is_complete_is_confirmed(tmp_path: P
     assert "4 of 4 trials (0 pruned, 0 failed, 0 retried), confirmed 3 of 3" in more.output
 
 
+@pytest.mark.slow
 def test_the_wall_clock_ends_a_grid(tmp_path: Path, standin_tiny: Path) -> None:
     """It passes before a worker is up: nothing is begun, and the command ends instead of waiting for it."""
     command = Command(tmp_path, standin_tiny, search={**GRID, "hours": 1e-6})

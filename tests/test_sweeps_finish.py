@@ -68,6 +68,7 @@ def test_what_cannot_be_drawn_is_one_line_and_the_table_is_logged(
     assert "buffer_bank_distances" not in run
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_said_once(spec: StudySpec, tmp_path: Path, capfd: Capture) -> None:
     """Though the table and the figures both read it."""
     folder = write_study(tmp_path / "s", scores=(0.5, 0.55, 0.52))

@@ -198,6 +198,7 @@ with Journal(Path(sys.argv[1])).locked():
 """
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_process_holds_nobody_up(journal: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", _HOLD, str(journal)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None

@@ -401,6 +401,7 @@ def test_memory_that_runs_out_is_one_line(
 # --- selection rules -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_unit_records_what_every_affordable_rule_says(finished: Path, standin_tiny: Path, tmp_path: Path) -> None:
     result = run_unit(quick(proxy_domain="ilids"), tmp_path / "recorded", data_root=standin_tiny)
     selection, plain = result.selection, Result.read(finished)
@@ -472,6 +473,7 @@ def test_leave_one_source_out_trains_without_each_source_and_shares(standin_tiny
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == before
 
 
+@pytest.mark.slow
 def test_interrupted_between_its_trainings_it_goes_on(standin_tiny: Path, tmp_path: Path) -> None:
     config = quick(selection="leave_one_source_out", evaluate_every=0, epochs=1)
     whole = run_unit(config, tmp_path / "whole", data_root=standin_tiny)
